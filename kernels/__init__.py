@@ -1,0 +1,17 @@
+"""Attention and top-K sampling kernels: Triton for the GPU, C++ for the CPU, the same contract on both.
+
+The tensor's device picks the kernel. Importing this package compiles nothing and asks no driver anything.
+"""
+
+from kernels.flash_attention.op import decode_attention, flash_attention, flash_attention_varlen
+from kernels.flash_attention.reference import classic_attention
+from kernels.load import BuildError, load
+
+__all__ = [
+    "BuildError",
+    "classic_attention",
+    "decode_attention",
+    "flash_attention",
+    "flash_attention_varlen",
+    "load",
+]
