@@ -37,7 +37,14 @@ OP_FOLDERS = ("flash_attention", "top_k")
 DEVICE_TYPES = ("cpu", "cuda")
 CPU_CAPABILITIES = ("native", "plain", "avx2", "avx512")
 # torch's stable ABI of release 2.11: one source builds against 2.11 and later.
-_CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+_CXX_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+)
 _CAPABILITY_FLAGS = {
     "native": ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",),
     "plain": ("-DTOY_LM_PLAIN",),
@@ -181,7 +188,9 @@ def build(sources: list[pathlib.Path], capability: str = "native") -> list[pathl
                     raise BuildError(f"{cxx} failed on {target.stem}\n{' '.join(map(str, job.args))}\n{output}")
                 os.replace(_unfinished(target), target)
     except OSError as error:
-        raise BuildError(f"cannot build in {folder} ({error}); set TOY_LM_CACHE to a folder that can be written") from error
+        raise BuildError(
+            f"cannot build in {folder} ({error}); set TOY_LM_CACHE to a folder that can be written"
+        ) from error
     return targets
 
 
@@ -217,7 +226,16 @@ def _start_compiler(cxx: str, source: pathlib.Path, target: pathlib.Path, capabi
     torch_folder = pathlib.Path(torch.__file__).parent
     include = torch_folder / "include"
     libraries = ("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-ltorch", "-lc10")
-    command = [cxx, *_flags(capability), f"-I{HERE}", f"-isystem{include}", str(source), "-o", str(_unfinished(target)), *libraries]
+    command = [
+        cxx,
+        *_flags(capability),
+        f"-I{HERE}",
+        f"-isystem{include}",
+        str(source),
+        "-o",
+        str(_unfinished(target)),
+        *libraries,
+    ]
     if sys.platform == "darwin":
         command.append("-Wl,-undefined,dynamic_lookup")
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

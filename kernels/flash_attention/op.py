@@ -160,7 +160,9 @@ def _check_tensors(
             layout = "(batch, heads, seqlen, head_dim)" if dims == 4 else "(total, heads, head_dim)"
             raise ValueError(f"{name}: got {x.dim()} dimensions {tuple(x.shape)}, needs {layout}")
         if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
-            raise ValueError(f"{name}: got {x.dtype}, allowed are float32, float16 and bfloat16 (on the CPU also float64)")
+            raise ValueError(
+                f"{name}: got {x.dtype}, allowed are float32, float16 and bfloat16 (on the CPU also float64)"
+            )
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: got {x.dtype}, q is {q.dtype}")
         if x.device != q.device:

@@ -1,0 +1,155 @@
+"""What a model and a training run are made of, as plain values; and the presets, which name combinations that work.
+
+Knows nothing of torch, files or devices: a config is only ever passed as an argument.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The decoder's shape; a preset's vocab_size is replaced by the tokenizer's once that is known."""
+
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_seqlen: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "max_seqlen"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: got {getattr(self, field)}, needs 1 or more")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: got {self.num_kv_heads}, needs a divisor of num_heads = {self.num_heads}")
+        if self.head_dim % 2 or not 2 <= self.head_dim <= 256:
+            raise ValueError(f"head_dim: got {self.head_dim}, rotary positions need an even number from 2 to 256")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained. Lengths are in tokens, learning rates per AdamW step."""
+
+    batch_size: int
+    seqlen: int
+    num_steps: int
+    learning_rate: float
+    min_learning_rate: float
+    warmup_steps: int
+    tokenizer: str  # "bpe" or "bytes"
+    vocab_size: int  # what BPE may grow to; bytes use 256
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    grad_clip: float = 1.0
+    eval_every: int = 100
+    eval_batches: int = 8
+    checkpoint_every: int = 500
+    validation_fraction: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "seqlen", "num_steps", "eval_every", "eval_batches", "checkpoint_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: got {getattr(self, field)}, needs 1 or more")
+        if self.tokenizer not in ("bpe", "bytes"):
+            raise ValueError(f"tokenizer: got {self.tokenizer!r}, allowed are 'bpe' and 'bytes'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model and the training that suits it."""
+
+    model: ModelConfig
+    train: TrainConfig
+
+    def with_vocab_size(self, vocab_size: int) -> "Preset":
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=vocab_size))
+
+
+PRESETS = {
+    # The sample text in under a minute on two CPU cores.
+    "sample": Preset(
+        model=ModelConfig(
+            vocab_size=320,
+            model_dim=128,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=32,
+            mlp_dim=256,
+            max_seqlen=64,
+        ),
+        train=TrainConfig(
+            batch_size=12,
+            seqlen=64,
+            num_steps=600,
+            learning_rate=2e-3,
+            min_learning_rate=2e-4,
+            warmup_steps=50,
+            tokenizer="bpe",
+            vocab_size=320,
+        ),
+    ),
+    # nanoGPT's shakespeare-char shape: 6 layers of width 384, 10.7 M parameters.
+    "shakespeare": Preset(
+        model=ModelConfig(
+            vocab_size=256,
+            model_dim=384,
+            num_layers=6,
+            num_heads=6,
+            num_kv_heads=6,
+            head_dim=64,
+            mlp_dim=1024,
+            max_seqlen=256,
+        ),
+        train=TrainConfig(
+            batch_size=64,
+            seqlen=256,
+            num_steps=2000,
+            learning_rate=1e-3,
+            min_learning_rate=1e-4,
+            warmup_steps=100,
+            tokenizer="bytes",
+            vocab_size=256,
+            eval_every=250,
+            eval_batches=40,
+        ),
+    ),
+    # GPT-2's smallest shape: 12 layers of width 768, 124 M parameters.
+    "small": Preset(
+        model=ModelConfig(
+            vocab_size=50_304,
+            model_dim=768,
+            num_layers=12,
+            num_heads=12,
+            num_kv_heads=12,
+            head_dim=64,
+            mlp_dim=2048,
+            max_seqlen=1024,
+        ),
+        train=TrainConfig(
+            batch_size=8,
+            seqlen=1024,
+            num_steps=20_000,
+            learning_rate=6e-4,
+            min_learning_rate=6e-5,
+            warmup_steps=500,
+            tokenizer="bpe",
+            vocab_size=50_304,
+            eval_every=500,
+        ),
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset called `name`. Raises ValueError naming the ones there are."""
+    if name not in PRESETS:
+        raise ValueError(f"preset: got {name!r}, allowed are {', '.join(map(repr, PRESETS))}")
+    return PRESETS[name]

@@ -1,0 +1,198 @@
+"""The decoder: RMSNorm, rotary positions, QK-norm, grouped-query attention, SwiGLU, tied embeddings, no biases.
+
+This is Qwen3's architecture with Hugging Face's names for the parameters, so that a saved model loads in transformers.
+
+    token_ids -> embedding -> num_layers x [x + attention(norm(x)); x + mlp(norm(x))] -> norm -> logits
+
+Without a cache a call is a full causal forward pass, as in training. With a `KVCache` the call appends its tokens to
+the cache: the first call (prefill) attends among its own tokens, later ones over everything cached.
+
+Knows kernels only through `import kernels`; knows nothing of text, files or training.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from toy_lm.config import ModelConfig
+
+ATTENTION = {"fused": kernels.flash_attention, "classic": kernels.classic_attention}
+
+
+class KVCache:
+    """The keys and values of every token so far, for a batch of sequences of unequal length.
+
+    k, v     (num_layers, batch, num_kv_heads, capacity, head_dim)
+    seqlens  (batch,) int32, the tokens of each sequence; what lies behind them is never read
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        shape = (config.num_layers, batch_size, config.num_kv_heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)
+        self.capacity = capacity
+        self.longest = 0  # no sequence is longer: the host's bound on seqlens, known without waiting for the device
+
+    def grow(self, seqlen: int) -> None:
+        """Count `seqlen` more tokens for every sequence. Raises ValueError if the cache is full."""
+        if self.longest + seqlen > self.capacity:
+            raise ValueError(f"cache: {self.longest} + {seqlen} tokens do not fit its capacity of {self.capacity}")
+        self.longest += seqlen
+        self.seqlens += seqlen
+
+    def set_seqlens(self, seqlens: Tensor, longest: int) -> None:
+        """Shorten the sequences to `seqlens` (batch,): what a batch of prompts padded on the right needs."""
+        self.seqlens.copy_(seqlens)
+        self.longest = longest
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v (batch, num_kv_heads, seqlen, head_dim) of one layer at positions (batch, seqlen)."""
+        index = positions[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        self.k[layer].scatter_(2, index, k.to(self.k.dtype))
+        self.v[layer].scatter_(2, index, v.to(self.v.dtype))
+
+
+class RotaryPositions(nn.Module):
+    """Turns each pair (x_i, x_{i + head_dim / 2}) by position * theta^(-2i / head_dim). (RoFormer, arXiv:2104.09864)"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        angles = torch.outer(torch.arange(config.max_seqlen, dtype=torch.float32), config.rope_theta**-exponents)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (max_seqlen, head_dim / 2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin (batch, seqlen, 1, head_dim / 2) of positions (batch, seqlen)."""
+        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (batch, seqlen, heads, head_dim), rotated in its own dtype's precision or better."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, attention: str) -> None:
+        super().__init__()
+        self.attention = ATTENTION[attention]
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.model_dim, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.model_dim, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, positions: Tensor, prefill: bool
+    ) -> Tensor:
+        batch_size, seqlen, _ = x.shape
+        per_head = (batch_size, seqlen, -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(per_head)), cos, sin).transpose(1, 2)
+        k = rotate(self.k_norm(self.k_proj(x).view(per_head)), cos, sin).transpose(1, 2)
+        v = self.v_proj(x).view(per_head).transpose(1, 2)
+        # q (batch, num_heads, seqlen, head_dim); k, v (batch, num_kv_heads, seqlen, head_dim)
+
+        if cache is not None:
+            cache.write(layer, positions, k, v)
+        if prefill:
+            out = self.attention(q, k.to(q.dtype), v.to(q.dtype), causal=True)
+        else:
+            assert cache is not None
+            out = kernels.decode_attention(q, cache.k[layer], cache.v[layer], cache.seqlens)
+        return self.o_proj(out.transpose(1, 2).reshape(batch_size, seqlen, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). (arXiv:2002.05202)"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.model_dim, config.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(config.model_dim, config.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(config.mlp_dim, config.model_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, attention: str) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.self_attn = Attention(config, attention)
+        self.post_attention_layernorm = nn.RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below the logits; Hugging Face calls this part `model`."""
+
+    def __init__(self, config: ModelConfig, attention: str) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.rotary = RotaryPositions(config)
+
+
+class Transformer(nn.Module):
+    """A causal language model.
+
+    attention  "fused" (kernels.flash_attention) or "classic" (kernels.classic_attention) for training and prefill.
+
+    Raises ValueError if attention is neither.
+    """
+
+    def __init__(self, config: ModelConfig, attention: str = "fused") -> None:
+        super().__init__()
+        if attention not in ATTENTION:
+            raise ValueError(f"attention: got {attention!r}, allowed are {', '.join(map(repr, ATTENTION))}")
+        self.config = config
+        self.model = Decoder(config, attention)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Normal weights; those that write into the residual stream shrink with depth (GPT-2, section 2.3)."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        residual = module.o_proj if isinstance(module, Attention) else getattr(module, "down_proj", None)
+        if residual is not None:
+            nn.init.normal_(residual.weight, std=0.02 / (2 * self.config.num_layers) ** 0.5)
+
+    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (batch, seqlen, vocab_size) of token_ids (batch, seqlen) int64."""
+        return self.logits(self.hidden(token_ids, cache))
+
+    def hidden(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The last layer's normalised output (batch, seqlen, model_dim), for callers who need few logits.
+
+        Raises ValueError if the tokens exceed max_seqlen or the cache's capacity.
+        """
+        _, seqlen = token_ids.shape
+        if seqlen > self.config.max_seqlen:
+            raise ValueError(f"token_ids: got {seqlen} tokens, the model's context holds {self.config.max_seqlen}")
+        prefill = cache is None or cache.longest == 0
+        positions = torch.arange(seqlen, device=token_ids.device)[None]  # (1, seqlen)
+        if cache is not None:
+            positions = positions + cache.seqlens[:, None]  # (batch, seqlen)
+            cache.grow(seqlen)
+        cos, sin = self.model.rotary(positions)
+        x = self.model.embed_tokens(token_ids)  # (batch, seqlen, model_dim)
+        for number, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, cache, number, positions, prefill)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., model_dim) -> (..., vocab_size), by the tied embedding."""
+        return F.linear(hidden, self.model.embed_tokens.weight)
