@@ -6,12 +6,16 @@ The tensor's device picks the kernel. Importing this package compiles nothing an
 from kernels.flash_attention.op import decode_attention, flash_attention, flash_attention_varlen
 from kernels.flash_attention.reference import classic_attention
 from kernels.load import BuildError, load
+from kernels.top_k.op import Sampled, sample, top_k
 
 __all__ = [
     "BuildError",
+    "Sampled",
     "classic_attention",
     "decode_attention",
     "flash_attention",
     "flash_attention_varlen",
     "load",
+    "sample",
+    "top_k",
 ]

@@ -1,0 +1,231 @@
+"""Top-K and sampling as torch sees them: schemas, argument checks and fakes, for every device alike.
+
+    top_k     the k largest of each row, sorted       differentiable in the values
+    sample    one token id per row of logits          no derivatives
+
+The tensor's device picks the kernel: `cpu.cpp` registers itself, `bind_cuda` registers the Triton launchers, and
+`bind_reference` registers plain torch. Every kernel is given arguments that were checked here.
+
+Every parameter of `sample` is in the schema twice: as a number, which costs no tensor and no copy to the device, and
+as an optional tensor with a value per row, which is read by the kernel alone and so may change under a CUDA graph.
+
+Knows torch and its own folder; knows nothing of models.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.load import ensure
+from kernels.top_k import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_VOCAB_SIZE = 2**20  # so that a row's weights, 2^40 each at most, add up below 2^61
+
+_library = torch.library.Library("kernels", "FRAGMENT")
+for _schema in (
+    "top_k(Tensor x, int k) -> (Tensor, Tensor)",
+    "sample(Tensor logits, float temperature, int top_k, float top_p, float min_p, SymInt seed, SymInt step, "
+    "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? seeds, Tensor? steps, "
+    "bool return_logprobs) -> (Tensor, Tensor)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_ops = torch.ops.kernels
+
+
+class Sampled(NamedTuple):
+    """What `sample` returns with `return_logprobs`: three tensors (batch,)."""
+
+    token_ids: Tensor  # int64
+    raw_logprobs: Tensor  # fp32, of the logits as they came
+    processed_logprobs: Tensor  # fp32, of the distribution that was drawn from
+
+
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row in descending order, and where they stand. Exact for every k.
+
+    x   (..., n), any strides; fp32, fp16 or bf16
+    k   1 to n
+
+    Returns values (..., k) in x's dtype and indices (..., k) int64. Ties go to the lower index; NaN counts as the
+    largest, as in torch.topk; -0.0 equals 0.0 and comes back as 0.0. Differentiable in x through the values.
+
+    Raises ValueError naming the argument, what it got and what it allows.
+    """
+    _check_tensor("x", x)
+    if x.dim() < 1:
+        raise ValueError("x: got a single number, needs at least one dimension")
+    if not isinstance(k, int) or not 1 <= k <= x.shape[-1]:
+        raise ValueError(f"k: got {k!r}, needs a whole number from 1 to {x.shape[-1]}, the length of a row")
+    ensure(x.device.type)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (batch, n)
+    values, indices = _ops.top_k(_unit_stride(rows), k)
+    if x.dim() == 2:
+        return values, indices
+    shape = (*x.shape[:-1], k)
+    return values.view(shape), indices.view(shape)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    return_logprobs: bool = False,
+) -> Tensor | Sampled:
+    """Draw one token per row from the filtered softmax of the logits. The same token on every device.
+
+    logits       (batch, vocab_size), vocab_size up to 2^20; fp32, fp16 or bf16; never written. -inf is never drawn
+    temperature  >= 0: the logits are divided by it. 0 takes the largest logit (ties: the lowest id)
+    top_k        keep the k likeliest (ties: lower id), 1 to vocab_size
+    top_p        then keep the fewest tokens, likeliest first, whose renormalised probabilities reach p, in (0, 1]
+    min_p        then keep those at least min_p times as likely as the likeliest, in [0, 1]
+    seed, step   whole numbers from 0 to 2^63 - 1: the only source of randomness (Philox4x32-10). A row's token depends
+                 on its own logits, parameters, seed and step, not on its batch, its position, or the device
+
+    None switches a filter off. Each parameter is a number, or a tensor (batch,) or () with a value per row: fp32 for
+    temperature, top_p and min_p, int64 for top_k, seed and step (others are converted). Tensors may change between
+    replays of a CUDA graph; in a top_k tensor vocab_size keeps all.
+
+    Returns token_ids (batch,) int64, or with `return_logprobs` a `Sampled`: also each chosen token's log-probability
+    under the raw logits, and under the filtered and scaled ones (0 at temperature 0). Not differentiable.
+    A row that holds NaN or +inf or nothing finite, or whose entry in a parameter tensor is outside what is allowed,
+    gives token -1 and logprobs NaN; the other rows are not affected, and nothing waits for the device.
+
+    Probabilities are exact up to fp32 rounding of each weight; tokens 2^40 times less likely than the likeliest
+    (after temperature) count as impossible.
+
+    Raises ValueError for a number outside what is allowed, naming the argument, what it got and what it allows.
+    """
+    _check_tensor("logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, needs (batch, vocab_size)")
+    vocab_size = logits.shape[1]
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"logits: got a vocabulary of {vocab_size}, needs 1 to {MAX_VOCAB_SIZE}")
+    infinity = float("inf")
+    _check_number("temperature", temperature, "a finite number, 0 or more", lambda t: 0.0 <= t < infinity)
+    _check_number("top_k", top_k, f"1 to {vocab_size} (the vocabulary), or None", lambda k: 1 <= k <= vocab_size, int)
+    _check_number("top_p", top_p, "more than 0 and at most 1, or None", lambda p: 0.0 < p <= 1.0)
+    _check_number("min_p", min_p, "0 to 1, or None", lambda p: 0.0 <= p <= 1.0)
+    _check_number("seed", seed, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63, int)
+    _check_number("step", step, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63, int)
+
+    numbers, tensors = [], []
+    parameters = (
+        ("temperature", temperature, 1.0, torch.float32),
+        ("top_k", top_k, 0, torch.int64),
+        ("top_p", top_p, 1.0, torch.float32),
+        ("min_p", min_p, 0.0, torch.float32),
+        ("seed", seed, 0, torch.int64),
+        ("step", step, 0, torch.int64),
+    )
+    for name, value, off, dtype in parameters:
+        numbers.append(off if value is None or isinstance(value, Tensor) else value)
+        tensors.append(_per_row(name, value, dtype, logits) if isinstance(value, Tensor) else None)
+    ensure(logits.device.type)
+    token_ids, logprobs = _ops.sample(_unit_stride(logits.detach()), *numbers, *tensors, return_logprobs)
+    return Sampled(token_ids, logprobs[0], logprobs[1]) if return_logprobs else token_ids
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: got {x.dtype}, needs float32, float16 or bfloat16")
+
+
+def _check_number(name, value, allowed, is_allowed, kind=(int, float)) -> None:
+    if value is None or isinstance(value, Tensor):
+        return
+    if isinstance(value, bool) or not isinstance(value, (kind, torch.SymInt)) or not is_allowed(value):
+        raise ValueError(f"{name}: got {value!r}, needs {allowed}")
+
+
+def _per_row(name: str, value: Tensor, dtype: torch.dtype, logits: Tensor) -> Tensor:
+    """A parameter tensor as the kernels take it: (batch,), possibly with stride 0."""
+    if value.device != logits.device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, logits are on {logits.device}")
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != logits.shape[0]):
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, needs ({logits.shape[0]},), one value per row, or ()"
+        )
+    if dtype == torch.int64 and (value.is_floating_point() or value.dtype == torch.bool):
+        raise ValueError(f"{name}: got {value.dtype}, needs int64")
+    return value.detach().to(dtype).expand(logits.shape[0])
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The kernels take rows at any distance, but the elements of a row side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# What the ops return, without computing it.
+
+
+def _fake_top_k(x, k):
+    return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int64)
+
+
+def _fake_sample(logits, *parameters):
+    return empty_results(logits, parameters[-1])
+
+
+def empty_results(logits: Tensor, return_logprobs: bool) -> tuple[Tensor, Tensor]:
+    """What the op `sample` returns, to be filled: token ids (batch,) and logprobs (2, batch), or (2, 0) if not asked."""
+    batch = logits.shape[0]
+    token_ids = logits.new_empty((batch,), dtype=torch.int64)
+    return token_ids, logits.new_empty((2, batch if return_logprobs else 0), dtype=torch.float32)
+
+
+torch.library.register_fake("kernels::top_k", _fake_top_k, lib=_library)
+torch.library.register_fake("kernels::sample", _fake_sample, lib=_library)
+
+
+# The derivative of top_k: a value's gradient goes to where it was taken from.
+
+
+def _top_k_setup_context(ctx, inputs, output):
+    _, indices = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(indices)
+    ctx.shape = inputs[0].shape
+
+
+def _top_k_backward(ctx, dvalues, dindices):
+    (indices,) = ctx.saved_tensors
+    return dvalues.new_zeros(ctx.shape).scatter(-1, indices, dvalues), None
+
+
+torch.library.register_autograd("kernels::top_k", _top_k_backward, setup_context=_top_k_setup_context, lib=_library)
+
+
+def bind_reference(library: torch.library.Library) -> None:
+    """Register plain torch for the device that `library` stands for."""
+
+    def sample(logits, temperature, top_k, top_p, min_p, seed, step, *tensors_and_flag):
+        *tensors, return_logprobs = tensors_and_flag
+        numbers = (temperature, top_k, top_p, min_p, seed, step)
+        dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
+        parameters = [
+            logits.new_full((logits.shape[0],), number, dtype=dtype) if tensor is None else tensor
+            for number, tensor, dtype in zip(numbers, tensors, dtypes, strict=True)
+        ]
+        if tensors[1] is not None:
+            parameters[1] = torch.where(parameters[1] == 0, -1, parameters[1])  # in a tensor, 0 is not allowed
+        token_ids, raw, processed = reference.sample(logits, *parameters)
+        return token_ids, torch.stack((raw, processed)) if return_logprobs else raw.new_empty((2, 0))
+
+    library.impl("top_k", reference.top_k)
+    library.impl("sample", sample)
+
+
+def bind_cuda(library: torch.library.Library) -> None:
+    """Register the Triton launchers; Triton is imported here, where a CUDA kernel is first needed."""
+    from kernels.top_k import triton_sample, triton_top_k
+
+    library.impl("top_k", triton_top_k.top_k)
+    library.impl("sample", triton_sample.sample)
