@@ -60,11 +60,12 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"k: got {k!r}, needs a whole number from 1 to {x.shape[-1]}, the length of a row")
     ensure(x.device.type)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (batch, n)
-    values, indices = _ops.top_k(_unit_stride(rows), k)
-    if x.dim() == 2:
-        return values, indices
-    shape = (*x.shape[:-1], k)
-    return values.view(shape), indices.view(shape)
+    values, indices = _ops.top_k(_unit_stride(rows.detach()), k)
+    if x.dim() != 2:
+        values, indices = values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+    if x.requires_grad and torch.is_grad_enabled():
+        values = x.gather(-1, indices)  # the same values, with torch's own derivative
+    return values, indices
 
 
 def sample(
@@ -175,7 +176,7 @@ def _fake_sample(logits, *parameters):
 
 
 def empty_results(logits: Tensor, return_logprobs: bool) -> tuple[Tensor, Tensor]:
-    """What the op `sample` returns, to be filled: token ids (batch,) and logprobs (2, batch), or (2, 0) if not asked."""
+    """What the op `sample` returns, to be filled: token ids (batch,), logprobs (2, batch), or (2, 0) if not asked."""
     batch = logits.shape[0]
     token_ids = logits.new_empty((batch,), dtype=torch.int64)
     return token_ids, logits.new_empty((2, batch if return_logprobs else 0), dtype=torch.float32)
@@ -183,24 +184,6 @@ def empty_results(logits: Tensor, return_logprobs: bool) -> tuple[Tensor, Tensor
 
 torch.library.register_fake("kernels::top_k", _fake_top_k, lib=_library)
 torch.library.register_fake("kernels::sample", _fake_sample, lib=_library)
-
-
-# The derivative of top_k: a value's gradient goes to where it was taken from.
-
-
-def _top_k_setup_context(ctx, inputs, output):
-    _, indices = output
-    ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(indices)
-    ctx.shape = inputs[0].shape
-
-
-def _top_k_backward(ctx, dvalues, dindices):
-    (indices,) = ctx.saved_tensors
-    return dvalues.new_zeros(ctx.shape).scatter(-1, indices, dvalues), None
-
-
-torch.library.register_autograd("kernels::top_k", _top_k_backward, setup_context=_top_k_setup_context, lib=_library)
 
 
 def bind_reference(library: torch.library.Library) -> None:
