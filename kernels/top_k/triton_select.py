@@ -1,0 +1,125 @@
+"""What the GPU kernels of top_k and sample share: keys, weights, exact selection without a sort.
+
+Selection. The k-th largest of a set of 32-bit keys is found bit by bit, from the highest: a bit belongs to it if at
+least k keys are no smaller than what has been found so far with that bit set. Each bit costs one comparison per key
+and one sum over the tile, whatever k is and whatever the data are; with weights in place of ones, the same search
+finds the cut of top-p. Ties at the cut are kept from the left, by a running count.
+
+Why the CPU does it otherwise. cpu.cpp lets a threshold rise while a row streams by, which is a chain of dependent
+steps. A GPU has to have the whole row in flight: here every key is compared with every trial, all at once.
+
+Every operation on a weight is one that reference.py does, in its order, each rounded by itself: the kernels are
+compiled with enable_fp_fusion=False, so that no multiplication is fused with an addition.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.top_k import reference
+
+C5, C4, C3, C2, C1 = (tl.constexpr(c) for c in reference.EXP2_COEFFICIENTS)
+LOG2_E = tl.constexpr(reference.LOG2_E)
+LN_2 = tl.constexpr(0.6931471805599453)
+MIN_TEMPERATURE = tl.constexpr(reference.MIN_TEMPERATURE)
+ROUND = tl.constexpr(1.5 * 2.0**23)
+WEIGHT_SHIFT = tl.constexpr(reference.WEIGHT_BITS - 24)
+WEIGHT_ONE = tl.constexpr(2.0**reference.WEIGHT_BITS)
+FINITE_KEYS_FROM = tl.constexpr(0x00800000)  # the key of the lowest finite number is the first above -inf's
+INFINITY_KEY = tl.constexpr(0xFF800000)  # of +inf; NaN lies above
+
+
+@triton.jit
+def ordered_key(x):
+    """fp32 as uint32 keys in the same order: -0.0 as 0.0, NaN above all. No key is 0: that stands for 'nothing'."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    return tl.where(x != x, 0xFFFFFFFF, key)
+
+
+@triton.jit
+def value_of_key(key):
+    """The fp32 number that `ordered_key` was given."""
+    bits = key.to(tl.int32, bitcast=True)
+    return (bits ^ ((~bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def kth_largest(key, k):
+    """The k-th largest of a tile of keys (the largest v with at least k keys >= v), 0 if there are fewer than k."""
+    found = tl.full((), 0, tl.uint32)
+    for bit in range(32):
+        trial = found | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        enough = tl.sum((key >= trial).to(tl.int32)) >= k
+        found = tl.where(enough, trial, found)
+    return found
+
+
+@triton.jit
+def key_reaching(key, weight, target):
+    """The largest v for which the weights of the keys >= v add up to the target or more."""
+    found = tl.full((), 0, tl.uint32)
+    for bit in range(32):
+        trial = found | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        enough = tl.sum(tl.where(key >= trial, weight, 0)) >= target
+        found = tl.where(enough, trial, found)
+    return found
+
+
+@triton.jit
+def keep_best(key, k):
+    """Which of a tile's keys, in index order, are the best k: all above the k-th largest, and ties from the left."""
+    cut = kth_largest(key, k)
+    room = k - tl.sum((key > cut).to(tl.int32))
+    tie = key == cut
+    return (key > cut) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
+
+
+@triton.jit
+def rate_of(temperature):
+    return tl.div_rn(tl.full((), LOG2_E, tl.float32), tl.maximum(temperature, MIN_TEMPERATURE))
+
+
+@triton.jit
+def integer_weight(z, rate):
+    """reference.integer_weights, for z (fp32, at most 0)."""
+    y = tl.maximum(z * rate, -63.0)
+    whole = (y + ROUND) - ROUND
+    fraction = y - whole
+    power = fraction * C5 + C4
+    power = power * fraction + C3
+    power = power * fraction + C2
+    power = power * fraction + C1
+    power = power * fraction + 1.0
+    mantissa = (power * 16777216.0).to(tl.int32).to(tl.int64)
+    return (mantissa << WEIGHT_SHIFT) >> (-whole).to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def share(total, p):
+    """reference._share: floor(total * p), p cut to a multiple of 2^-31."""
+    p_bits = (p * 2147483648.0).to(tl.int64)
+    return (total >> 31) * p_bits + (((total & 0x7FFFFFFF) * p_bits) >> 31)
+
+
+@triton.jit
+def _philox(seed, step):
+    """The first two words of Philox4x32-10 with key seed and counter step, int64 both."""
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = step.to(tl.uint32), (step >> 32).to(tl.uint32)
+    c2, c3 = tl.full((), 0, tl.uint32), tl.full((), 0, tl.uint32)
+    multiplier0, multiplier1 = tl.full((), 0xD2511F53, tl.uint32), tl.full((), 0xCD9E8D57, tl.uint32)
+    weyl0, weyl1 = tl.full((), 0x9E3779B9, tl.uint32), tl.full((), 0xBB67AE85, tl.uint32)
+    for _ in range(10):
+        high0, low0 = tl.umulhi(multiplier0, c0), tl.mul(multiplier0, c0, sanitize_overflow=False)
+        high1, low1 = tl.umulhi(multiplier1, c2), tl.mul(multiplier1, c2, sanitize_overflow=False)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = tl.add(k0, weyl0, sanitize_overflow=False), tl.add(k1, weyl1, sanitize_overflow=False)
+    return c0, c1
+
+
+@triton.jit
+def random_below(total, seed, step):
+    """reference.random_below: floor(total * u / 2^64) with u the first 64 bits of Philox4x32-10."""
+    u_high, u_low = _philox(seed, step)
+    u = (u_high.to(tl.uint64) << 32) | u_low.to(tl.uint64)
+    return tl.umulhi(u, total.to(tl.uint64)).to(tl.int64)
