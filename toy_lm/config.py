@@ -48,7 +48,8 @@ class TrainConfig:
     beta2: float = 0.99
     grad_clip: float = 1.0
     eval_every: int = 100
-    eval_batches: int = 8
+    eval_batches: int = 8  # at most so many batches of validation windows, spread over the validation text
+    eval_context: int = 0  # tokens at the head of a validation window that are read but not counted
     checkpoint_every: int = 500
     validation_fraction: float = 0.1
     seed: int = 0
@@ -57,6 +58,8 @@ class TrainConfig:
         for field in ("batch_size", "seqlen", "num_steps", "eval_every", "eval_batches", "checkpoint_every"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: got {getattr(self, field)}, needs 1 or more")
+        if not 0 <= self.eval_context < self.seqlen:
+            raise ValueError(f"eval_context: got {self.eval_context}, needs 0 to seqlen - 1 = {self.seqlen - 1}")
         if self.tokenizer not in ("bpe", "bytes"):
             raise ValueError(f"tokenizer: got {self.tokenizer!r}, allowed are 'bpe' and 'bytes'")
 
@@ -93,7 +96,9 @@ PRESETS = {
             min_learning_rate=2e-4,
             warmup_steps=50,
             tokenizer="bpe",
-            vocab_size=320,
+            vocab_size=512,
+            eval_context=32,
+            eval_every=50,
         ),
     ),
     # nanoGPT's shakespeare-char shape: 6 layers of width 384, 10.7 M parameters.

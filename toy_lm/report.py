@@ -1,0 +1,76 @@
+"""What a training run leaves to look at: metrics.csv, and loss.png where matplotlib is installed.
+
+Knows numbers and files; knows nothing of models or training.
+"""
+
+import csv
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """One row of metrics.csv. Losses are in nats per token; seconds count training and evaluation, all sessions."""
+
+    step: int
+    train_loss: float  # mean since the row before
+    validation_loss: float
+    perplexity: float  # exp(validation_loss)
+    bits_per_byte: float  # of the validation text
+    learning_rate: float
+    tokens_per_second: float
+    seconds: float
+
+
+_COLUMNS = tuple(field.name for field in dataclasses.fields(Metrics))
+
+
+def write_metrics(path: pathlib.Path, rows: Sequence[Metrics]) -> None:
+    """Put the rows in the place of what the file held. Floats are written so that reading them gives the same bits."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        writer.writerows(dataclasses.astuple(row) for row in rows)
+    os.replace(unfinished, path)
+
+
+def read_metrics(path: pathlib.Path) -> list[Metrics]:
+    """The rows of a metrics.csv; none if there is no such file. Raises ValueError if it is not one."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    if tuple(header) != _COLUMNS or any(len(row) != len(_COLUMNS) for row in rows):
+        raise ValueError(f"{path}: not a metrics.csv of this program; its columns are {', '.join(_COLUMNS)}")
+    return [Metrics(step=int(row[0]), **dict(zip(_COLUMNS[1:], map(float, row[1:]), strict=True))) for row in rows]
+
+
+def plot_losses(path: pathlib.Path, rows: Sequence[Metrics], *, limit: float | None, title: str) -> str:
+    """Draw the losses over the steps and return one line that says where the picture is, or why there is none.
+
+    limit  the text's entropy in nats per token, if it is known: a line that the losses cannot cross
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return f"no {path.name}: matplotlib is not installed (pip install matplotlib)"
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps = [row.step for row in rows]
+    axes.plot(steps, [row.train_loss for row in rows], label="training (mean since the point before)")
+    axes.plot(steps, [row.validation_loss for row in rows], label="validation")
+    if limit is not None:
+        axes.axhline(limit, color="black", linestyle="--", linewidth=1, label=f"the text's entropy, {limit:.3f}")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    if rows and min(row.validation_loss for row in rows) > 0 and math.isfinite(rows[0].train_loss):
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return f"picture: {path}"

@@ -1,0 +1,439 @@
+"""Training: batches in, a run folder out.
+
+    for each step: windows of the corpus -> model -> cross-entropy -> gradients, clipped -> AdamW
+    every eval_every steps: the loss on validation text, a row of metrics.csv
+    every checkpoint_every steps, at the end, and on Ctrl-C: a checkpoint that `resume=True` continues exactly
+
+Losses are in nats per token, and in bits per byte so that models with different tokenizers can be compared. For a text
+that a grammar grew, its exact entropy is printed beside them: the loss that no model can get below.
+
+The host waits for the device only to show progress, twice a second at most: a step's loss is read later, together with
+others.
+
+Knows the model, the data and the run folder; knows nothing of kernels beyond binding them, or of generation.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import kernels
+from toy_lm import checkpoint, data, report
+from toy_lm.config import ModelConfig, Preset, TrainConfig
+from toy_lm.model import Transformer
+from toy_lm.tokenizer import Tokenizer
+
+_READ_SECONDS = 0.5  # how often the losses are read from the device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a call of `train` ended. Losses are in nats per token; nan before the first evaluation."""
+
+    folder: pathlib.Path
+    step: int
+    num_steps: int
+    interrupted: bool  # stopped before num_steps, with a checkpoint from which to resume
+    train_loss: float
+    validation_loss: float
+    best_validation_loss: float
+    best_step: int
+    bits_per_byte: float  # of the validation text
+    entropy_bits_per_byte: float | None  # the limit, where it is known
+    tokens_per_second: float
+    seconds: float
+
+
+def train(
+    corpus: str,
+    preset: Preset,
+    out: str | pathlib.Path,
+    *,
+    attention: str = "fused",
+    device: str = "auto",
+    resume: bool = False,
+    seed: int | None = None,
+    steps: int | None = None,
+    stop_after: int | None = None,
+    log: Callable[[str], None] = tqdm.write,
+) -> TrainResult:
+    """Train on `corpus` (see `data.open_corpus`) and leave a run folder at `out`.
+
+    attention   "fused" or "classic"
+    device      "cpu", "cuda", or "auto": CUDA where there is a device
+    resume      continue the run in `out` as if it had never stopped; its own preset, seed and steps then hold
+    seed        of the weights and the batches; None takes the preset's
+    steps       how many steps in all; None takes the preset's
+    stop_after  stop, with a checkpoint, once so many steps are done; None goes on to the end
+
+    Raises ValueError for bad input, OSError if `out` cannot be written, FloatingPointError if the loss is no
+    longer finite.
+    """
+    out = pathlib.Path(out)
+    where = pick_device(device)
+    text = data.open_corpus(corpus)
+    if resume:
+        trainer = _resumed(text, out, attention, where)
+    else:
+        config = dataclasses.replace(
+            preset.train,
+            seed=preset.train.seed if seed is None else seed,
+            num_steps=preset.train.num_steps if steps is None else steps,
+        )
+        trainer = _begun(text, dataclasses.replace(preset, train=config), out, attention, where)
+    log(kernels.load(where).line)
+    log(trainer.describe())
+    last_step = trainer.config.num_steps
+    if stop_after is not None:
+        last_step = min(last_step, stop_after)
+    with _interrupts() as interrupted:
+        trainer.run(last_step, interrupted, log)
+    return trainer.result()
+
+
+def pick_device(device: str) -> torch.device:
+    """Raises ValueError for anything but "auto", "cpu" and "cuda", or where CUDA is asked for and absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {device!r}, allowed are 'auto', 'cpu' and 'cuda'")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: got {device!r}, but torch sees no CUDA device here; use 'cpu'")
+    return torch.device(device)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where matrix units compute in it (NVIDIA sm_80 and later); None keeps fp32."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return None
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Of the step that follows `step` finished ones: a linear warm-up, then half a cosine down to the minimum."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
+
+
+def _begun(text: data.Corpus, preset: Preset, out: pathlib.Path, attention: str, device: torch.device) -> "Trainer":
+    """A new run: learn the tokenizer, make the folder, initialise the weights."""
+    if checkpoint.exists(out):
+        raise ValueError(f"out: {str(out)!r} already holds a run; resume it, or name another folder")
+    window = preset.train.seqlen + 1
+    if text.num_bytes < 2 * window:
+        raise ValueError(
+            f"corpus: {text.name!r} has {text.num_bytes} bytes; a context of {preset.train.seqlen} tokens needs "
+            f"{2 * window} tokens or more"
+        )
+    if preset.train.tokenizer == "bytes":
+        tokenizer = Tokenizer.bytes_tokenizer()
+    else:
+        tokenizer = Tokenizer.train_bpe(text.parts(), preset.train.vocab_size)
+    preset = preset.with_vocab_size(tokenizer.vocab_size)
+    torch.manual_seed(preset.train.seed)
+    model = Transformer(preset.model, attention)
+    checkpoint.begin(out, preset.model, tokenizer)
+    return Trainer(text, tokenizer, preset, model, out, attention, device)
+
+
+def _resumed(text: data.Corpus, out: pathlib.Path, attention: str, device: torch.device) -> "Trainer":
+    """The run in `out`, as its last checkpoint left it."""
+    saved = checkpoint.load(out)
+    state, info = checkpoint.load_training_state(saved)
+    if info["corpus"]["fingerprint"] != text.fingerprint:
+        raise ValueError(
+            f"corpus: {text.name!r} is not the text that the run in {str(out)!r} was begun with "
+            f"({info['corpus']['name']!r}, SHA-256 {info['corpus']['fingerprint'][:16]}...)"
+        )
+    preset = Preset(model=ModelConfig(**info["preset"]["model"]), train=TrainConfig(**info["preset"]["train"]))
+    model = saved.model(attention=attention)
+    trainer = Trainer(text, saved.tokenizer, preset, model, out, attention, device)
+    trainer.restore(saved.step, state, info)
+    return trainer
+
+
+class Trainer:
+    """A run while it is in memory: the model, its optimizer, and how far it has come."""
+
+    def __init__(
+        self,
+        text: data.Corpus,
+        tokenizer: Tokenizer,
+        preset: Preset,
+        model: Transformer,
+        out: pathlib.Path,
+        attention: str,
+        device: torch.device,
+    ) -> None:
+        self.text, self.preset, self.config, self.out = text, preset, preset.train, out
+        self.attention, self.device = attention, device
+        self.model = model.to(device).train()
+        self.optimizer = _optimizer(self.model, self.config)
+        self.autocast = autocast_dtype(device)
+
+        token_ids = data.tokenize(text, tokenizer, out)
+        train_ids, validation_ids = data.split(token_ids, self.config.validation_fraction, self.config.seqlen)
+        self.train_windows = data.Windows(train_ids, self.config.seqlen, device)
+        self.validation_windows = data.Windows(validation_ids, self.config.seqlen, device)
+        self.bytes_per_token = text.num_bytes / len(token_ids)
+        sizes = [len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)]
+        self.token_sizes = torch.tensor(sizes, device=device)
+
+        self.step = 0
+        self.losses: list[float] = []  # of the steps since the last row of metrics.csv
+        self.unread: list[Tensor] = []  # (2,) loss and gradient norm of the steps since the device was last read
+        self.rows: list[report.Metrics] = []
+        self.seconds = 0.0  # of training and evaluation, in all sessions
+        self.row_seconds = 0.0  # of training alone, since the last row
+        self.saved_step: int | None = None
+
+    def describe(self) -> str:
+        """What is trained on what, in a few lines."""
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        lines = [
+            f"model: {num_parameters:,} parameters, {self.attention} attention, "
+            f"{'fp32' if self.autocast is None else 'bf16 autocast'} on {self.device}",
+            f"corpus: {self.text.name}, {self.text.num_bytes:,} bytes, {self.bytes_per_token:.2f} bytes per token, "
+            f"vocabulary of {self.preset.model.vocab_size}",
+        ]
+        if self.text.entropy is not None:
+            lines.append(
+                f"limit: the text's exact entropy, {self.text.entropy.bits_per_byte:.4f} bits per byte = "
+                f"{self.text.entropy.nats_per_byte * self.bytes_per_token:.4f} nats per token"
+            )
+        return "\n".join(lines)
+
+    def run(self, last_step: int, interrupted: Callable[[], bool], log: Callable[[str], None]) -> None:
+        """Train until last_step is done or `interrupted()`; evaluate and save when due, and save at the end."""
+        config = self.config
+        self.model.train()
+        with tqdm(total=config.num_steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+            shown = clock = time.perf_counter()
+            while self.step < last_step and not interrupted():
+                self._train_step()
+                bar.update()
+                now = time.perf_counter()
+                is_last = self.step == config.num_steps
+                if is_last or self.step % config.eval_every == 0:
+                    clock = self._add_row(clock, bar, log)
+                elif now - shown > _READ_SECONDS:
+                    self._read_losses()
+                    self._show(bar, clock)
+                    shown = now
+                if self.step % config.checkpoint_every == 0 and self.step < last_step:
+                    self._count_time(clock)
+                    self.save()
+                    clock = time.perf_counter()
+            self._read_losses()
+            self._count_time(clock)
+        if self.saved_step != self.step:
+            self.save()
+        log(self._plot())
+
+    def _train_step(self) -> None:
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config)
+        starts = self.train_windows.random_starts(config.batch_size, config.seed, self.step)
+        inputs, targets = self.train_windows.at(starts)
+        loss = self._loss(inputs, targets).mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.unread.append(torch.stack((loss.detach(), norm)))
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each target, (batch * seqlen,)."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            logits = self.model(inputs)  # (batch, seqlen, vocab_size)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+
+    def _read_losses(self) -> None:
+        """Wait for the device and take over the losses. Raises FloatingPointError at the first that is not finite."""
+        if not self.unread:
+            return
+        values = torch.stack(self.unread).tolist()
+        first = self.step - len(values) + 1
+        self.unread.clear()
+        for offset, (loss, norm) in enumerate(values):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                good = "there is no checkpoint yet"
+                if self.saved_step is not None:
+                    good = f"the checkpoint of step {self.saved_step} in {self.out} is good"
+                raise FloatingPointError(
+                    f"step {first + offset}: the loss is {loss}, its gradient's norm {norm}; training has stopped; "
+                    f"{good}. A lower learning rate may help"
+                )
+            self.losses.append(loss)
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Loss over the validation windows: (nats per token, bits per byte).
+
+        The first eval_context tokens of each window are read but not counted.
+        """
+        config = self.config
+        self.model.eval()
+        counted = slice(config.eval_context, None)
+        stride = config.seqlen - config.eval_context
+        starts = self.validation_windows.spread_starts(config.eval_batches * config.batch_size, stride)
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        num_bytes = torch.zeros((), dtype=torch.int64, device=self.device)
+        for batch in np.array_split(starts, math.ceil(len(starts) / config.batch_size)):
+            inputs, targets = self.validation_windows.at(batch)
+            nats += self._loss(inputs, targets).view(targets.shape)[:, counted].sum(dtype=torch.float64)
+            num_bytes += self.token_sizes[targets[:, counted]].sum()
+        self.model.train()
+        num_tokens = len(starts) * stride
+        return nats.item() / num_tokens, nats.item() / num_bytes.item() / math.log(2)
+
+    def _add_row(self, clock: float, bar: tqdm, log: Callable[[str], None]) -> float:
+        """Evaluate and write a row of metrics.csv; returns the time at which training goes on."""
+        self._read_losses()
+        self._count_time(clock)
+        train_loss = math.fsum(self.losses) / len(self.losses)
+        tokens_per_second = len(self.losses) * self.config.batch_size * self.config.seqlen / self.row_seconds
+        begin = time.perf_counter()
+        validation_loss, bits_per_byte = self.evaluate()
+        self.seconds += time.perf_counter() - begin
+        row = report.Metrics(
+            step=self.step,
+            train_loss=train_loss,
+            validation_loss=validation_loss,
+            perplexity=math.exp(min(validation_loss, 700.0)),
+            bits_per_byte=bits_per_byte,
+            learning_rate=learning_rate(self.step - 1, self.config),
+            tokens_per_second=round(tokens_per_second, 1),
+            seconds=round(self.seconds, 3),
+        )
+        self.rows.append(row)
+        report.write_metrics(self.out / "metrics.csv", self.rows)
+        self.losses, self.row_seconds = [], 0.0
+        limit = self.text.entropy
+        log(
+            f"step {row.step}: train {train_loss:.4f}, validation {validation_loss:.4f} nats/token, perplexity "
+            f"{row.perplexity:.3f}, {bits_per_byte:.4f} bits/byte"
+            + (f" (limit {limit.bits_per_byte:.4f})" if limit else "")
+            + f", {tokens_per_second:,.0f} tokens/s"
+        )
+        return time.perf_counter()
+
+    def _count_time(self, clock: float) -> None:
+        elapsed = time.perf_counter() - clock
+        self.seconds += elapsed
+        self.row_seconds += elapsed
+
+    def _show(self, bar: tqdm, clock: float) -> None:
+        recent = self.losses[-20:]
+        loss = sum(recent) / len(recent)
+        tokens = len(self.losses) * self.config.batch_size * self.config.seqlen
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, {loss / self.bytes_per_token / math.log(2):.3f} bits/byte, "
+            f"{tokens / (self.row_seconds + time.perf_counter() - clock):,.0f} tokens/s"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; only a finite one."""
+        self._read_losses()
+        state = {"rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"optimizer.{key}.{name}"] = value
+        info: dict[str, Any] = {
+            "preset": dataclasses.asdict(self.preset),
+            "corpus": {"name": self.text.name, "fingerprint": self.text.fingerprint},
+            "losses": self.losses,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "seconds": self.seconds,
+            "row_seconds": self.row_seconds,
+        }
+        checkpoint.save(self.out, step=self.step, weights=self.model.state_dict(), state=state, info=info)
+        self.saved_step = self.step
+
+    def restore(self, step: int, state: dict[str, Tensor], info: dict[str, Any]) -> None:
+        """Take over what `save` wrote at `step`, apart from the weights."""
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and "rng_cuda" in state:
+            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        for name, parameter in self.model.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = state[f"optimizer.{key}.{name}"]
+                on_host = key == "step" and self.device.type == "cpu"
+                self.optimizer.state[parameter][key] = value if on_host else value.to(self.device)
+        self.step = self.saved_step = step
+        self.losses = info["losses"]
+        self.rows = [report.Metrics(**row) for row in info["rows"]]
+        self.seconds, self.row_seconds = info["seconds"], info["row_seconds"]
+        report.write_metrics(self.out / "metrics.csv", self.rows)  # without the rows of steps that were lost
+
+    def _plot(self) -> str:
+        limit = None
+        if self.text.entropy is not None:
+            limit = self.text.entropy.nats_per_byte * self.bytes_per_token
+        title = f"{self.text.name}, {self.attention} attention, step {self.step}"
+        return report.plot_losses(self.out / "loss.png", self.rows, limit=limit, title=title)
+
+    def result(self) -> TrainResult:
+        last = self.rows[-1] if self.rows else None
+        best = min(self.rows, key=lambda row: row.validation_loss, default=None)
+        nan = math.nan
+        return TrainResult(
+            folder=self.out,
+            step=self.step,
+            num_steps=self.config.num_steps,
+            interrupted=self.step < self.config.num_steps,
+            train_loss=last.train_loss if last else nan,
+            validation_loss=last.validation_loss if last else nan,
+            best_validation_loss=best.validation_loss if best else nan,
+            best_step=best.step if best else 0,
+            bits_per_byte=last.bits_per_byte if last else nan,
+            entropy_bits_per_byte=self.text.entropy.bits_per_byte if self.text.entropy else None,
+            tokens_per_second=last.tokens_per_second if last else nan,
+            seconds=self.seconds,
+        )
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW, one fused kernel for all parameters. Matrices decay towards 0; the norms' scales do not."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    scales = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": scales, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C interrupts as usual."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
