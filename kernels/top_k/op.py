@@ -111,11 +111,13 @@ def sample(
         raise ValueError(f"logits: got a vocabulary of {vocab_size}, needs 1 to {MAX_VOCAB_SIZE}")
     infinity = float("inf")
     _check_number("temperature", temperature, "a finite number, 0 or more", lambda t: 0.0 <= t < infinity)
-    _check_number("top_k", top_k, f"1 to {vocab_size} (the vocabulary), or None", lambda k: 1 <= k <= vocab_size, int)
+    _check_number(
+        "top_k", top_k, f"1 to {vocab_size} (the vocabulary), or None", lambda k: 1 <= k <= vocab_size, (int,)
+    )
     _check_number("top_p", top_p, "more than 0 and at most 1, or None", lambda p: 0.0 < p <= 1.0)
     _check_number("min_p", min_p, "0 to 1, or None", lambda p: 0.0 <= p <= 1.0)
-    _check_number("seed", seed, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63, int)
-    _check_number("step", step, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63, int)
+    _check_number("seed", seed, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63, (int,))
+    _check_number("step", step, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63, (int,))
 
     numbers, tensors = [], []
     parameters = (
@@ -139,10 +141,10 @@ def _check_tensor(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got {x.dtype}, needs float32, float16 or bfloat16")
 
 
-def _check_number(name, value, allowed, is_allowed, kind=(int, float)) -> None:
+def _check_number(name, value, allowed, is_allowed, kinds=(int, float)) -> None:
     if value is None or isinstance(value, Tensor):
         return
-    if isinstance(value, bool) or not isinstance(value, (kind, torch.SymInt)) or not is_allowed(value):
+    if isinstance(value, bool) or not isinstance(value, kinds) or not is_allowed(value):
         raise ValueError(f"{name}: got {value!r}, needs {allowed}")
 
 

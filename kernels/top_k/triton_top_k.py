@@ -4,7 +4,7 @@
     long rows    one program per row reads it several times, block by block, and writes the best k out in index order;
                  torch sorts them
 
-A candidate is one 64-bit integer, the value's key above the complement of its index: larger is better, no two are equal.
+A candidate is one 64-bit integer, the key of a value above the complement of its index: larger is better, no two equal.
 
 Knows Triton; knows nothing of models. Arguments were checked in op.py.
 """
