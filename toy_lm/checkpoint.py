@@ -102,7 +102,7 @@ def save(
         with _in_one_step(folder / WEIGHTS) as unfinished:
             safetensors.torch.save_file(_plain(weights), unfinished, {"format": "pt", "step": str(step)})
             shutil.copymode(folder / CONFIG, unfinished)
-        for old in folder.glob("training-*.safetensors"):
+        for old in folder.glob("*training-*"):  # and what a killed save left unfinished
             if old != state_path:
                 old.unlink()
 
