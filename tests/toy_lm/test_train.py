@@ -1,0 +1,290 @@
+"""Training learns, resumes to the bit, saves on Ctrl-C, stops where the loss is lost, refuses bad input in one line."""
+
+import csv
+import dataclasses
+import math
+import os
+import pathlib
+import signal
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from corpus import SAMPLE
+from toy_lm import checkpoint, data, report
+from toy_lm import train as training
+from toy_lm.config import ModelConfig, Preset, TrainConfig, preset
+from toy_lm.train import learning_rate, train
+
+TINY = Preset(
+    model=ModelConfig(
+        vocab_size=300, model_dim=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=48, max_seqlen=16
+    ),
+    train=TrainConfig(
+        batch_size=4,
+        seqlen=16,
+        num_steps=24,
+        learning_rate=3e-3,
+        min_learning_rate=3e-4,
+        warmup_steps=4,
+        tokenizer="bpe",
+        vocab_size=300,
+        eval_every=6,
+        eval_batches=2,
+        checkpoint_every=10,
+    ),
+)
+CORPUS = "grammar:20000"
+
+
+def _tiny(**changes):
+    return dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, **changes))
+
+
+def _run(out, preset=TINY, corpus=CORPUS, **options):
+    return train(corpus, preset, out, device="cpu", **{"log": lambda line: None, **options})
+
+
+def _weights(folder):
+    return checkpoint.load(folder).weights
+
+
+def _timeless(folder):
+    """The rows of metrics.csv without the columns that tell the time."""
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def _assert_same_run(folder, other):
+    weights, other_weights = _weights(folder), _weights(other)
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    state, info = checkpoint.load_training_state(checkpoint.load(folder))
+    other_state, other_info = checkpoint.load_training_state(checkpoint.load(other))
+    assert state.keys() == other_state.keys() and all(torch.equal(state[name], other_state[name]) for name in state)
+    assert info["losses"] == other_info["losses"]
+    assert _timeless(folder) == _timeless(other)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, _run(folder)
+
+
+def test_the_loss_falls_and_the_folder_is_complete(whole):
+    folder, result = whole
+    rows = _timeless(folder)
+    assert [int(row["step"]) for row in rows] == [6, 12, 18, 24]
+    losses = [float(row["validation_loss"]) for row in rows]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.3
+    assert float(rows[-1]["perplexity"]) == pytest.approx(math.exp(losses[-1]))
+    assert (result.step, result.num_steps, result.interrupted) == (24, 24, False)
+    assert result.validation_loss == result.best_validation_loss == losses[-1]
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.csv", "loss.png"} <= names
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not any(name.startswith(("_orig_mod", "module.")) for name in _weights(folder))
+
+
+@pytest.mark.parametrize("stop", [1, 12, 13])
+def test_stopped_and_resumed_is_the_same_to_the_bit(whole, tmp_path, stop):
+    first = _run(tmp_path / "run", stop_after=stop)
+    assert (first.step, first.interrupted) == (stop, True)
+    torch.manual_seed(12345)  # what a new process would not have in common with the old one
+    second = _run(tmp_path / "run", resume=True)
+    assert (second.step, second.interrupted) == (24, False)
+    _assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_rows_written_after_the_last_checkpoint_are_written_anew(whole, tmp_path, monkeypatch):
+    def die(self):
+        if self.step == 20:
+            raise SystemExit  # as a kill at the second checkpoint would
+        return save(self)
+
+    save = training.Trainer.save
+    monkeypatch.setattr(training.Trainer, "save", die)
+    with pytest.raises(SystemExit):
+        _run(tmp_path / "run")
+    monkeypatch.undo()
+    assert len(_timeless(tmp_path / "run")) == 3
+    assert checkpoint.load(tmp_path / "run").step == 10
+    _run(tmp_path / "run", resume=True)
+    _assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(whole, tmp_path):
+    def interrupt(line):
+        if line.startswith("step 12"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    result = _run(tmp_path / "run", log=interrupt)
+    assert result.interrupted and 12 <= result.step <= 13
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert checkpoint.load(tmp_path / "run").step == result.step
+    _run(tmp_path / "run", resume=True)
+    _assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_a_resumed_run_keeps_its_own_preset(tmp_path):
+    _run(tmp_path / "run", _tiny(seed=7), stop_after=3, steps=5)
+    result = _run(tmp_path / "run", preset("shakespeare"), resume=True)
+    assert (result.step, result.num_steps) == (5, 5)
+    _run(tmp_path / "other", _tiny(seed=7), steps=5)
+    _assert_same_run(tmp_path / "run", tmp_path / "other")
+
+
+def test_another_seed_is_another_run(whole, tmp_path):
+    _run(tmp_path / "run", seed=1)
+    assert _timeless(tmp_path / "run")[0]["train_loss"] != _timeless(whole[0])[0]["train_loss"]
+
+
+def test_classic_and_fused_attention_learn_alike(whole, tmp_path):
+    _run(tmp_path / "run", attention="classic")
+    for row, other in zip(_timeless(tmp_path / "run"), _timeless(whole[0]), strict=True):
+        for name in ("train_loss", "validation_loss"):
+            assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-4)
+
+
+def test_one_step_is_adamw_on_the_mean_cross_entropy(tmp_path):
+    """The first step's weights, worked out again in fp64 from the formulas."""
+    config = _tiny(num_steps=1, warmup_steps=0, grad_clip=0.5, weight_decay=0.2)
+    _run(tmp_path / "start", config, stop_after=0)
+    _run(tmp_path / "run", config)
+    start = checkpoint.load(tmp_path / "start")
+    model = start.model(attention="classic").double()
+    corpus = data.open_corpus(CORPUS)
+    token_ids, _ = data.split(data.tokenize(corpus, start.tokenizer, tmp_path), 0.1, 16)
+    windows = data.Windows(token_ids, 16, "cpu")
+    inputs, targets = windows.at(windows.random_starts(4, 0, 0))
+    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    loss.backward()
+    norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in model.parameters()))
+    assert norm > 0.5
+    for name, weight in _weights(tmp_path / "run").items():
+        parameter = model.get_parameter(name)
+        gradient = parameter.grad * (0.5 / norm)
+        decayed = parameter * (1 - 3e-3 * 0.2) if parameter.dim() >= 2 else parameter
+        # After one step both moments are the gradient's, so that AdamW moves by lr * g / (|g| + 1e-8).
+        expected = decayed - 3e-3 * gradient / (gradient.abs() + 1e-8)
+        clear = gradient.abs() > 1e-5  # where rounding cannot turn the sign
+        torch.testing.assert_close(weight[clear], expected[clear].float(), atol=2e-5, rtol=1e-4)
+    row = report.read_metrics(tmp_path / "run" / "metrics.csv")[0]
+    assert row.train_loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_validation_loss_is_the_mean_over_the_counted_tokens(tmp_path):
+    config = _tiny(num_steps=6, eval_batches=1000, eval_context=5)
+    result = _run(tmp_path / "run", config)
+    loaded = checkpoint.load(tmp_path / "run")
+    model, tokenizer = loaded.model(attention="classic").double(), loaded.tokenizer
+    token_ids = data.tokenize(data.open_corpus(CORPUS), tokenizer, tmp_path)
+    _, validation = data.split(token_ids, 0.1, 16)
+    nats, num_tokens, num_bytes = 0.0, 0, 0
+    for start in range(0, len(validation) - 16, 11):
+        window = torch.tensor(validation[start : start + 17].astype("int64"))
+        with torch.no_grad():
+            logprobs = model(window[None, :-1])[0].log_softmax(-1)
+        for position in range(5, 16):
+            target = window[position + 1].item()
+            nats -= logprobs[position, target].item()
+            num_tokens += 1
+            num_bytes += len(tokenizer.token_bytes(target))
+    assert result.validation_loss == pytest.approx(nats / num_tokens, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nats / num_bytes / math.log(2), rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_falls_by_a_cosine():
+    config = _tiny(num_steps=104, warmup_steps=4, learning_rate=1.0, min_learning_rate=0.2).train
+    rates = [learning_rate(step, config) for step in range(105)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[54] == pytest.approx(0.6)  # half way between the two
+    assert rates[104] == pytest.approx(0.2)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "learning_rate", lambda step, config: 1e-3 if step < 14 else 1e36)
+    with pytest.raises(FloatingPointError, match=r"^step 1[67]: the loss is .*the checkpoint of step 10 in .* is good"):
+        _run(tmp_path / "run")
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "run").step == 10
+    assert all(weight.isfinite().all() for weight in _weights(tmp_path / "run").values())
+    assert _run(tmp_path / "run", resume=True).step == 24
+
+
+def test_the_sample_preset_comes_near_the_entropy_of_its_text(tmp_path):
+    lines = []
+    result = _run(tmp_path / "run", preset("sample"), "sample", steps=250, log=lines.append)
+    assert result.entropy_bits_per_byte == SAMPLE.entropy().bits_per_byte
+    # Below the limit by chance only: the validation text is finite.
+    assert 0.97 < result.bits_per_byte / result.entropy_bits_per_byte < 1.05
+    assert any("limit: the text's exact entropy, 0.0813 bits per byte" in line for line in lines)
+    assert any(line.startswith("step 250: train ") and "(limit 0.0813)" in line for line in lines)
+
+
+def test_bad_input_is_refused_in_one_line_and_nothing_is_damaged(whole, tmp_path):
+    folder, _ = whole
+    before = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "short.txt").write_text("the quick brown foxes")
+    (tmp_path / "words.txt").write_text("the quick brown foxes\n" * 4)
+    cases = [
+        ({"out": folder}, "out: .* already holds a run; resume it, or name another folder"),
+        ({"out": folder, "corpus": "sample:3000", "resume": True}, "corpus: 'sample:3000' is not the text"),
+        ({"out": tmp_path / "new", "resume": True}, "there is no such run folder"),
+        ({"out": tmp_path / "new", "corpus": str(tmp_path / "none.txt")}, "there is no such file"),
+        (
+            {"out": tmp_path / "new", "corpus": str(tmp_path / "short.txt")},
+            "has 21 bytes; a context of 16 tokens needs 34",
+        ),
+        (
+            {"out": tmp_path / "new", "corpus": str(tmp_path / "words.txt")},
+            "it has 20 tokens, but a context of 16 needs",
+        ),
+        ({"out": tmp_path / "new", "attention": "fast"}, "attention: got 'fast', allowed are 'fused', 'classic'"),
+        ({"out": tmp_path / "new", "device": "tpu"}, "device: got 'tpu', allowed are 'auto', 'cpu' and 'cuda'"),
+        ({"out": tmp_path / "new", "steps": 0}, "num_steps: got 0, needs 1 or more"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            train(**{"corpus": CORPUS, "preset": TINY, "device": "cpu", "log": print, **options})
+        assert "\n" not in str(caught.value)
+        assert not checkpoint.exists(tmp_path / "new")
+    assert (folder / "model.safetensors").read_bytes() == before
+    with pytest.raises(OSError, match="Not a directory"):
+        _run(tmp_path / "short.txt" / "run")
+
+
+def test_metrics_come_back_as_they_were_written(tmp_path):
+    rows = [
+        report.Metrics(
+            step=step,
+            train_loss=1 / 3,
+            validation_loss=0.1 + 0.2,
+            perplexity=math.e,
+            bits_per_byte=1e-17,
+            learning_rate=3e-4,
+            tokens_per_second=12.5,
+            seconds=0.1,
+        )
+        for step in (5, 10)
+    ]
+    path = tmp_path / "metrics.csv"
+    assert report.read_metrics(path) == []
+    report.write_metrics(path, rows)
+    assert report.read_metrics(path) == rows
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"not a metrics.csv"):
+        report.read_metrics(path)
+
+
+def test_without_matplotlib_one_line_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    line = report.plot_losses(pathlib.Path("loss.png"), [], limit=None, title="")
+    assert line == "no loss.png: matplotlib is not installed (pip install matplotlib)"
