@@ -11,7 +11,8 @@ Where a compiler (or Triton) is missing, one visible line says so and the refere
 `TOY_LM_KERNELS=fused` makes that an error; `TOY_LM_KERNELS=reference` asks for the references.
 
 Two processes that build at once are kept apart by a file lock that the operating system releases when its holder dies,
-and a finished library is moved into place in one step: a killed build leaves nothing that a later one would wait for or load.
+and a finished library is moved into place in one step: a killed build leaves nothing that a later one would wait for
+or load.
 
 Knows torch and the C++ compiler; knows nothing of what an op computes.
 """
@@ -23,6 +24,7 @@ import importlib
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -119,7 +121,7 @@ def _bind(device_type: str) -> Binding:
 def _how_to_mend(device_type: str) -> str:
     if device_type == "cuda":
         return "Install Triton (pip install 'triton>=3.6,<3.8') for the fused kernels."
-    return "Install g++ or clang++ (Debian: apt install g++; macOS: xcode-select --install) or set CXX for the fused kernels."
+    return "Install a C++ compiler (Debian: apt install g++; macOS: xcode-select --install) for the fused kernels."
 
 
 def _bind_references(device_type: str, reason: str) -> Binding:
@@ -185,7 +187,7 @@ def build(sources: list[pathlib.Path], capability: str = "native") -> list[pathl
             outputs = [(target, job, job.communicate()[0]) for target, job in jobs]
             for target, job, output in outputs:
                 if job.returncode != 0:
-                    raise BuildError(f"{cxx} failed on {target.stem}\n{' '.join(map(str, job.args))}\n{output}")
+                    raise BuildError(f"{cxx} failed on {target.stem}\n{shlex.join(job.args)}\n{output}")
                 os.replace(_unfinished(target), target)
     except OSError as error:
         raise BuildError(
