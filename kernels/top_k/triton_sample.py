@@ -1,12 +1,16 @@
 """Sampling on the GPU. The definitions, bit for bit, are reference.py's; triton_select.py says how selection works.
 
-    short rows   one program holds a whole row in registers and does everything, in one launch
-    long rows    one program per row reads it several times, block by block
+    short rows           one program holds a whole row in registers and does everything, in one launch
+    long rows, top-k     a first launch reads the row once, in parallel chunks, and keeps the maximum of each group of
+                         neighbours; in a second, one program per row finds the best groups, which hold the best
+                         tokens, and does with them what is done with a short row
+    long rows otherwise  maxima of chunks; where top-p asks for it, the cut; weights of chunks; the draw
 
 Knows Triton; knows nothing of models. Arguments were checked in op.py.
 """
-
 # ruff: noqa: SIM102  an outer `if` on a constant is decided by the compiler, the inner one by the row
+
+import dataclasses
 
 import torch
 import triton
@@ -15,23 +19,31 @@ from torch import Tensor
 
 from kernels.top_k.op import empty_results
 from kernels.top_k.triton_select import (
+    CHUNK,
+    CHUNK_WARPS,
     FINITE_KEYS_FROM,
     INFINITY_KEY,
     LN_2,
     LOG2_E,
+    MAX_GROUPS_CHOSEN,
+    MAX_TILE,
     MIN_TEMPERATURE,
     WEIGHT_ONE,
+    choose_group,
+    gather_best_groups,
     integer_weight,
     keep_best,
+    key_bits,
     key_reaching,
+    launch_group_maxima,
+    log_sum_exp,
     ordered_key,
     random_below,
     rate_of,
     share,
+    tile_warps,
     value_of_key,
 )
-
-MAX_SHORT_ROW = 8192
 
 
 @triton.jit
@@ -60,7 +72,7 @@ def _row_parameters(
     allowed = (temperature >= 0.0) & (temperature < float("inf")) & (k >= lowest_k) & (k <= vocab_size)
     allowed &= (p > 0.0) & (p <= 1.0) & (min_p >= 0.0) & (min_p <= 1.0)
     greedy = temperature == 0.0
-    k = tl.where(allowed & (k > 0), k, vocab_size).to(tl.int32)
+    k = tl.where((k > 0) & (k <= vocab_size), k, vocab_size).to(tl.int32)
     k = tl.where(greedy, 1, k)
     temperature = tl.where(allowed & (temperature > 0.0), temperature, 1.0)
     p = tl.where(allowed, p, 1.0)
@@ -83,66 +95,86 @@ def _store_answer(token_ids, logprobs, row, batch, good, token, raw, processed, 
         tl.store(logprobs + batch + row, tl.where(good, processed, nan))
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "step"])
-def _sample_short(
-    logits, token_ids, logprobs, batch, vocab_size, row_stride,
-    temperature, top_k, top_p, min_p, seed, step,
-    temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride,
-    PER_ROW: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, LOGPROBS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program, one row of up to BLOCK tokens."""
-    row = tl.program_id(0).to(tl.int64)
-    allowed, greedy, temperature, k, p, least_weight, seed, step = _row_parameters(
-        row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
-        temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
-    )  # fmt: skip
-    tokens = tl.arange(0, BLOCK)
-    inside = tokens < vocab_size
-    x = tl.load(logits + row * row_stride + tokens, mask=inside, other=float("-inf")).to(tl.float32)  # [BLOCK]
-    key = tl.where(inside, ordered_key(x), 0)
-    max_key = tl.max(key)
-    good = allowed & (max_key >= FINITE_KEYS_FROM) & (max_key < INFINITY_KEY)
-    row_max = tl.where(good, value_of_key(max_key), 0.0)
-    z = tl.where(inside, tl.minimum(x - row_max, 0.0), float("-inf"))  # [BLOCK]
-
-    weight = integer_weight(z, rate_of(temperature))  # [BLOCK]
-    if TOP_K:
-        if k < vocab_size:
-            weight = tl.where(keep_best(key, k), weight, 0)
-    if TOP_P:
-        if p < 1.0:
-            weight = _keep_top_p(key, weight, p)
-    weight = tl.where(weight >= least_weight, weight, 0)
-
-    running = tl.cumsum(weight, 0)
-    total = tl.sum(weight)
-    drawn = random_below(total, seed, step)
-    token = tl.sum((running <= drawn).to(tl.int32))
-    raw = 0.0
-    processed = 0.0
-    if LOGPROBS:
-        z_token = tl.max(tl.where(tokens == token, z, float("-inf")))
-        raw = z_token - tl.log2(tl.sum(tl.exp2(z * LOG2_E))) * LN_2
-        processed = _processed_logprob(z_token, total, temperature, greedy)
-    _store_answer(token_ids, logprobs, row, batch, good, token, raw, processed, LOGPROBS)
-
-
 @triton.jit
-def _keep_top_p(key, weight, p):
+def _keep_top_p(key, weight, p, BITS: tl.constexpr):
     """The weights with those outside the top-p set made 0. Ties at the cut are kept from the left."""
     target = tl.maximum(share(tl.sum(weight), p), 1)
     key = tl.where(weight > 0, key, 0)
-    cut = key_reaching(key, weight, target)
+    cut = key_reaching(key, weight, target, BITS)
     tie = key == cut
     before = tl.sum(tl.where(key > cut, weight, 0)) + tl.cumsum(tl.where(tie, weight, 0), 0) - weight
     return tl.where((key > cut) | (tie & (before < target)), weight, 0)
 
 
-# ---- rows too long for one program's registers ----
+@triton.jit(do_not_specialize=["top_k", "seed", "step"])
+def _sample_tile(
+    logits, token_ids, logprobs, batch, vocab_size, row_stride,
+    temperature, top_k, top_p, min_p, seed, step,
+    temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride,
+    group_keys, partials, chosen_groups, num_groups, num_chunks,
+    PER_ROW: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, LOGPROBS: tl.constexpr, BITS: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, NUM_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One program, one row: filters and draw over a tile of it in registers, in token order.
+
+    GROUP = 0: the tile is the whole row. Otherwise it is the TILE / GROUP groups that hold the row's best.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    allowed, greedy, temperature, k, p, least_weight, seed, step = _row_parameters(
+        row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
+        temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
+    )  # fmt: skip
+    logits += row * row_stride
+    places = tl.arange(0, TILE)
+    if GROUP == 0:
+        tokens = places
+        inside = tokens < vocab_size
+    else:
+        chosen_groups += row * (TILE // GROUP)
+        max_key = gather_best_groups(group_keys + row * num_groups, chosen_groups, num_groups, k, BITS, NUM_GROUPS)
+        inside = places < tl.minimum(k, num_groups) * GROUP
+        tokens = tl.load(chosen_groups + places // GROUP, mask=inside, other=0) * GROUP + places % GROUP
+        inside = inside & (tokens < vocab_size)
+    x = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)  # [TILE]
+    key = tl.where(inside, ordered_key(x), 0)
+    if GROUP == 0:
+        max_key = tl.max(key)
+    good = allowed & (max_key >= FINITE_KEYS_FROM) & (max_key < INFINITY_KEY)
+    row_max = tl.where(good, value_of_key(max_key), 0.0)
+    z = tl.where(inside, tl.minimum(x - row_max, 0.0), float("-inf"))  # [TILE]
+
+    key = key >> (32 - BITS)
+    weight = integer_weight(z, rate_of(temperature))  # [TILE]
+    if TOP_K:
+        if k < vocab_size:
+            weight = tl.where(keep_best(key, k, BITS), weight, 0)
+    if TOP_P:
+        if p < 1.0:
+            weight = _keep_top_p(key, weight, p, BITS)
+    weight = tl.where(weight >= least_weight, weight, 0)
+
+    running = tl.cumsum(weight, 0)
+    total = tl.sum(weight)
+    drawn = random_below(total, seed, step)
+    here = places == tl.sum((running <= drawn).to(tl.int32))
+    token = tl.max(tl.where(here, tokens, 0))
+    raw = 0.0
+    processed = 0.0
+    if LOGPROBS:
+        z_token = tl.max(tl.where(here, z, float("-inf")))
+        if GROUP == 0:
+            raw = z_token - tl.log2(tl.sum(tl.exp2(z * LOG2_E))) * LN_2
+        else:
+            raw = z_token - log_sum_exp(partials, row, num_chunks, row_max, NUM_CHUNKS)
+        processed = _processed_logprob(z_token, total, temperature, greedy)
+    _store_answer(token_ids, logprobs, row, batch, good, token, raw, processed, LOGPROBS)
+
+
+# ---- rows too long for one program's registers, of which any number of tokens may be kept ----
 
 
 @triton.jit
-def _load_block(logits, start, vocab_size, BLOCK: tl.constexpr):
+def load_block(logits, start, vocab_size, BLOCK: tl.constexpr):
     tokens = start + tl.arange(0, BLOCK)
     inside = tokens < vocab_size
     x = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
@@ -150,33 +182,22 @@ def _load_block(logits, start, vocab_size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _count_from(logits, vocab_size, least_key, BLOCK: tl.constexpr):
+def count_from(logits, vocab_size, least_key, BLOCK: tl.constexpr):
     """How many keys of the row are >= least_key."""
     count = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, vocab_size, BLOCK):
-        _, _, key = _load_block(logits, start, vocab_size, BLOCK)
+        _, _, key = load_block(logits, start, vocab_size, BLOCK)
         count += (key >= least_key).to(tl.int32)
     return tl.sum(count)
 
 
 @triton.jit
-def _weight_from(logits, vocab_size, row_max, rate, cut, last, least_key, BLOCK: tl.constexpr):
-    """The weights of the tokens that (cut, last) keeps and whose keys are >= least_key, added up."""
-    total = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, vocab_size, BLOCK):
-        tokens, x, key = _load_block(logits, start, vocab_size, BLOCK)
-        kept = (key > cut) | ((key == cut) & (tokens <= last))
-        total += tl.where(kept & (key >= least_key), integer_weight(tl.minimum(x - row_max, 0.0), rate), 0)
-    return tl.sum(total)
-
-
-@triton.jit
-def _nth_tie(logits, vocab_size, cut, n, BLOCK: tl.constexpr):
+def nth_tie(logits, vocab_size, cut, n, BLOCK: tl.constexpr):
     """The token at which the n-th key equal to the cut stands."""
     seen = tl.full((), 0, tl.int32)
     token = tl.full((), 0, tl.int32)
     for start in range(0, vocab_size, BLOCK):
-        tokens, _, key = _load_block(logits, start, vocab_size, BLOCK)
+        tokens, _, key = load_block(logits, start, vocab_size, BLOCK)
         tie = (key == cut).to(tl.int32)
         running = seen + tl.cumsum(tie, 0)
         token = tl.maximum(token, tl.max(tl.where((tie > 0) & (running == n), tokens, 0)))
@@ -184,77 +205,147 @@ def _nth_tie(logits, vocab_size, cut, n, BLOCK: tl.constexpr):
     return token
 
 
+@triton.jit
+def best_k_cut(logits, vocab_size, k, BLOCK: tl.constexpr):
+    """(cut, last): a row's best k are the keys above the cut, and those equal to it up to the token `last`."""
+    cut = tl.full((), 0, tl.uint32)
+    for bit in range(32):
+        trial = cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        cut = tl.where(count_from(logits, vocab_size, trial, BLOCK) >= k, trial, cut)
+    above = tl.full((), 0, tl.int32)
+    if cut != 0xFFFFFFFF:
+        above = count_from(logits, vocab_size, cut + 1, BLOCK)
+    return cut, nth_tie(logits, vocab_size, cut, k - above, BLOCK)
+
+
+@triton.jit
+def _kept_weight(tokens, x, key, row_max, rate, cut, last):
+    """The weights of a block, 0 where (cut, last) keeps a token out."""
+    kept = (key > cut) | ((key == cut) & (tokens <= last))
+    return tl.where(kept, integer_weight(tl.minimum(x - row_max, 0.0), rate), 0)
+
+
+@triton.jit
+def _weight_from(logits, vocab_size, row_max, rate, cut, last, least_key, BLOCK: tl.constexpr):
+    """The weights of the tokens that (cut, last) keeps and whose keys are >= least_key, added up."""
+    total = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, vocab_size, BLOCK):
+        tokens, x, key = load_block(logits, start, vocab_size, BLOCK)
+        total += tl.where(key >= least_key, _kept_weight(tokens, x, key, row_max, rate, cut, last), 0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _row_maximum(group_keys, row, num_chunks, allowed, NUM_CHUNKS: tl.constexpr):
+    """Whether a row has an answer, and its largest logit (0 if not), from the largest keys of its chunks."""
+    chunks = tl.arange(0, NUM_CHUNKS)
+    keys = tl.load(group_keys + row * num_chunks + chunks, mask=chunks < num_chunks, other=0)
+    max_key = tl.max(keys.to(tl.uint32, bitcast=True))
+    good = allowed & (max_key >= FINITE_KEYS_FROM) & (max_key < INFINITY_KEY)
+    return good, tl.where(good, value_of_key(max_key), 0.0)
+
+
 @triton.jit(do_not_specialize=["top_k", "seed", "step"])
-def _sample_long(
-    logits, token_ids, logprobs, batch, vocab_size, row_stride,
+def _find_cut(
+    logits, batch, vocab_size, row_stride,
     temperature, top_k, top_p, min_p, seed, step,
     temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride,
-    PER_ROW: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, LOGPROBS: tl.constexpr, BLOCK: tl.constexpr,
+    group_keys, cuts, lasts, num_chunks,
+    PER_ROW: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row of any length, read block by block for each step."""
+    """One program, one row: what top-k and top-p keep, as the keys above a cut, and those equal to it up to a token."""
     row = tl.program_id(0).to(tl.int64)
-    allowed, greedy, temperature, k, p, least_weight, seed, step = _row_parameters(
+    allowed, _, temperature, k, p, _, _, _ = _row_parameters(
         row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
         temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
     )  # fmt: skip
     logits += row * row_stride
-    max_keys = tl.zeros((BLOCK,), tl.uint32)
-    for start in range(0, vocab_size, BLOCK):
-        _, _, key = _load_block(logits, start, vocab_size, BLOCK)
-        max_keys = tl.maximum(max_keys, key)
-    max_key = tl.max(max_keys)
-    good = allowed & (max_key >= FINITE_KEYS_FROM) & (max_key < INFINITY_KEY)
-    row_max = tl.where(good, value_of_key(max_key), 0.0)
+    good, row_max = _row_maximum(group_keys, row, num_chunks, allowed, NUM_CHUNKS)
     rate = rate_of(temperature)
-
-    # Kept are the tokens with a key above the cut, and those with this key up to the token `last`.
     cut = tl.full((), 0, tl.uint32)
     last = tl.full((), 0x7FFFFFFF, tl.int32)
-    if TOP_K:
-        if good & (k < vocab_size):
-            for bit in range(32):
-                trial = cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
-                cut = tl.where(_count_from(logits, vocab_size, trial, BLOCK) >= k, trial, cut)
-            last = _nth_tie(logits, vocab_size, cut, k - _count_from(logits, vocab_size, cut + 1, BLOCK), BLOCK)
-    total = _weight_from(logits, vocab_size, row_max, rate, cut, last, FINITE_KEYS_FROM, BLOCK)
-    if TOP_P:
-        if good & (p < 1.0):
-            target = tl.maximum(share(total, p), 1)
-            p_cut = tl.full((), 0, tl.uint32)
-            for bit in range(32):
-                trial = p_cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
-                reached = _weight_from(logits, vocab_size, row_max, rate, cut, last, trial, BLOCK)
-                p_cut = tl.where(reached >= target, trial, p_cut)
-            missing = target - _weight_from(logits, vocab_size, row_max, rate, cut, last, p_cut + 1, BLOCK)
-            each = integer_weight(value_of_key(p_cut) - row_max, rate)
-            last = _nth_tie(logits, vocab_size, p_cut, (missing + each - 1) // tl.maximum(each, 1), BLOCK)
-            cut = p_cut
+    if good & (k < vocab_size):
+        cut, last = best_k_cut(logits, vocab_size, k, BLOCK)
+    if good & (p < 1.0):
+        total = _weight_from(logits, vocab_size, row_max, rate, cut, last, FINITE_KEYS_FROM, BLOCK)
+        target = tl.maximum(share(total, p), 1)
+        p_cut = tl.full((), 0, tl.uint32)
+        for bit in range(32):
+            trial = p_cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
+            reached = _weight_from(logits, vocab_size, row_max, rate, cut, last, trial, BLOCK)
+            p_cut = tl.where(reached >= target, trial, p_cut)
+        missing = target - _weight_from(logits, vocab_size, row_max, rate, cut, last, p_cut + 1, BLOCK)
+        each = integer_weight(value_of_key(p_cut) - row_max, rate)
+        last = nth_tie(logits, vocab_size, p_cut, (missing + each - 1) // tl.maximum(each, 1), BLOCK)
+        cut = p_cut
+    tl.store(cuts + row, cut.to(tl.int32, bitcast=True))
+    tl.store(lasts + row, last)
 
-    total = tl.full((), 0, tl.int64)
-    for start in range(0, vocab_size, BLOCK):
-        tokens, x, key = _load_block(logits, start, vocab_size, BLOCK)
-        kept = (key > cut) | ((key == cut) & (tokens <= last))
-        weight = integer_weight(tl.minimum(x - row_max, 0.0), rate)
-        total += tl.sum(tl.where(kept & (weight >= least_weight), weight, 0))
+
+@triton.jit
+def _load_cut(cuts, lasts, row, CUT: tl.constexpr):
+    if CUT:
+        return tl.load(cuts + row).to(tl.uint32, bitcast=True), tl.load(lasts + row)
+    else:
+        return tl.full((), 0, tl.uint32), tl.full((), 0x7FFFFFFF, tl.int32)
+
+
+@triton.jit(do_not_specialize=["top_k", "seed", "step"])
+def _chunk_weights(
+    logits, batch, vocab_size, row_stride,
+    temperature, top_k, top_p, min_p, seed, step,
+    temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride,
+    group_keys, cuts, lasts, chunk_sums, num_chunks,
+    PER_ROW: tl.constexpr, CUT: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program, one chunk of a row: the sum of the weights of its kept tokens. chunk_sums (batch, num_chunks)."""
+    row = (tl.program_id(0) // num_chunks).to(tl.int64)
+    chunk = tl.program_id(0) % num_chunks
+    allowed, _, temperature, _, _, least_weight, _, _ = _row_parameters(
+        row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
+        temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
+    )  # fmt: skip
+    _, row_max = _row_maximum(group_keys, row, num_chunks, allowed, NUM_CHUNKS)
+    cut, last = _load_cut(cuts, lasts, row, CUT)
+    tokens, x, key = load_block(logits + row * row_stride, chunk * CHUNK, vocab_size, CHUNK)
+    weight = _kept_weight(tokens, x, key, row_max, rate_of(temperature), cut, last)
+    tl.store(chunk_sums + row * num_chunks + chunk, tl.sum(tl.where(weight >= least_weight, weight, 0)))
+
+
+@triton.jit(do_not_specialize=["top_k", "seed", "step"])
+def _draw_from_chunks(
+    logits, token_ids, logprobs, batch, vocab_size, row_stride,
+    temperature, top_k, top_p, min_p, seed, step,
+    temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride,
+    group_keys, partials, cuts, lasts, chunk_sums, num_chunks,
+    PER_ROW: tl.constexpr, CUT: tl.constexpr, LOGPROBS: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program, one row: the chunk into which the random number falls, then the token in it."""
+    row = tl.program_id(0).to(tl.int64)
+    allowed, greedy, temperature, _, _, least_weight, seed, step = _row_parameters(
+        row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
+        temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
+    )  # fmt: skip
+    good, row_max = _row_maximum(group_keys, row, num_chunks, allowed, NUM_CHUNKS)
+    cut, last = _load_cut(cuts, lasts, row, CUT)
+    chunks = tl.arange(0, NUM_CHUNKS)
+    sums = tl.load(chunk_sums + row * num_chunks + chunks, mask=chunks < num_chunks, other=0)
+    total = tl.sum(sums)
     left = random_below(total, seed, step)
-    before = tl.full((), 0, tl.int64)
-    token = tl.full((), 0, tl.int32)
-    z_token = tl.full((), 0.0, tl.float32)
-    sum_exp = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        tokens, x, key = _load_block(logits, start, vocab_size, BLOCK)
-        kept = (key > cut) | ((key == cut) & (tokens <= last))
-        z = tl.minimum(x - row_max, 0.0)
-        weight = integer_weight(z, rate)
-        weight = tl.where(kept & (weight >= least_weight), weight, 0)
-        running = before + tl.cumsum(weight, 0)
-        chosen = (running > left) & (running - weight <= left)
-        token = tl.maximum(token, tl.max(tl.where(chosen, tokens, 0)))
-        z_token = tl.minimum(z_token, tl.min(tl.where(chosen, z, 0.0)))
-        before += tl.sum(weight)
-        sum_exp += tl.exp2(z * LOG2_E)
-    raw = z_token - tl.log2(tl.sum(sum_exp)) * LN_2
-    processed = _processed_logprob(z_token, total, temperature, greedy)
+    chunk = tl.minimum(tl.sum((tl.cumsum(sums, 0) <= left).to(tl.int32)), num_chunks - 1)
+    left -= tl.sum(tl.where(chunks < chunk, sums, 0))
+
+    tokens, x, key = load_block(logits + row * row_stride, chunk * CHUNK, vocab_size, CHUNK)
+    weight = _kept_weight(tokens, x, key, row_max, rate_of(temperature), cut, last)
+    running = tl.cumsum(tl.where(weight >= least_weight, weight, 0), 0)
+    place = tl.sum((running <= left).to(tl.int32))
+    token = chunk * CHUNK + place
+    raw = 0.0
+    processed = 0.0
+    if LOGPROBS:
+        z_token = tl.max(tl.where(tokens == token, tl.minimum(x - row_max, 0.0), float("-inf")))
+        raw = z_token - log_sum_exp(partials, row, num_chunks, row_max, NUM_CHUNKS)
+        processed = _processed_logprob(z_token, total, temperature, greedy)
     _store_answer(token_ids, logprobs, row, batch, good, token, raw, processed, LOGPROBS)
 
 
@@ -275,23 +366,93 @@ def sample(
     return_logprobs: bool,
 ) -> tuple[Tensor, Tensor]:
     """The op `sample` on a CUDA device."""
-    batch, vocab_size = logits.shape
     token_ids, logprobs = empty_results(logits, return_logprobs)
-    if batch == 0:
+    if logits.shape[0] == 0:
         return token_ids, logprobs
     numbers = (temperature, top_k, top_p, min_p, seed, step)
     tensors = (temperatures, top_ks, top_ps, min_ps, seeds, steps)
-    parameters = [number if tensor is None else tensor for number, tensor in zip(numbers, tensors, strict=True)]
+    values = [number if tensor is None else tensor for number, tensor in zip(numbers, tensors, strict=True)]
     strides = [0 if tensor is None else tensor.stride(0) for tensor in tensors]
-    short = vocab_size <= MAX_SHORT_ROW
-    kernel = _sample_short if short else _sample_long
-    block = max(32, triton.next_power_of_2(vocab_size)) if short else 4096
+    job = _Job(
+        logits=logits,
+        outputs=(token_ids, logprobs),
+        parameters=(*values, *strides),
+        per_row=sum(1 << i for i, tensor in enumerate(tensors) if tensor is not None),
+        may_drop_by_rank=top_k != 0 or top_ks is not None or temperature == 0.0 or temperatures is not None,
+        may_drop_by_mass=top_p < 1.0 or top_ps is not None,
+        most_kept=1 if temperature == 0.0 and temperatures is None else top_k,
+        logprobs=return_logprobs,
+    )
     with torch.cuda.device_of(logits):
-        kernel[(batch,)](
-            logits, token_ids, logprobs, batch, vocab_size, logits.stride(0), *parameters, *strides,
-            PER_ROW=sum(1 << i for i, tensor in enumerate(tensors) if tensor is not None),
-            TOP_K=top_k != 0 or top_ks is not None or temperature == 0.0 or temperatures is not None,
-            TOP_P=top_p < 1.0 or top_ps is not None,
-            LOGPROBS=return_logprobs, BLOCK=block, num_warps=4 if block <= 2048 else 8, enable_fp_fusion=False,
-        )  # fmt: skip
+        if logits.shape[1] <= MAX_TILE:
+            _whole_row(job)
+        elif 0 < job.most_kept <= MAX_GROUPS_CHOSEN:
+            _best_groups(job)
+        else:
+            _chunk_by_chunk(job)
     return token_ids, logprobs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One call of the op, as the launchers below pass it on to the kernels."""
+
+    logits: Tensor
+    outputs: tuple[Tensor, Tensor]
+    parameters: tuple  # six numbers or tensors, then the six distances between a tensor's rows
+    per_row: int  # bit i: parameter i is a tensor
+    may_drop_by_rank: bool
+    may_drop_by_mass: bool
+    most_kept: int  # no row keeps more tokens than this; 0: not known here
+    logprobs: bool
+
+
+def _whole_row(job: _Job) -> None:
+    batch, vocab_size = job.logits.shape
+    tile = max(32, triton.next_power_of_2(vocab_size))
+    _sample_tile[(batch,)](
+        job.logits, *job.outputs, batch, vocab_size, job.logits.stride(0), *job.parameters, None, None, None, 0, 0,
+        PER_ROW=job.per_row, TOP_K=job.may_drop_by_rank, TOP_P=job.may_drop_by_mass, LOGPROBS=job.logprobs,
+        BITS=key_bits(job.logits.dtype), TILE=tile, GROUP=0, NUM_GROUPS=0, NUM_CHUNKS=0,
+        num_warps=tile_warps(tile), enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _best_groups(job: _Job) -> None:
+    batch, vocab_size = job.logits.shape
+    group, chosen = choose_group(vocab_size, job.most_kept)
+    group_keys, partials, num_groups, num_chunks = launch_group_maxima(job.logits, group, job.logprobs)
+    _sample_tile[(batch,)](
+        job.logits, *job.outputs, batch, vocab_size, job.logits.stride(0), *job.parameters,
+        group_keys, partials, job.logits.new_empty((batch, chosen), dtype=torch.int32), num_groups, num_chunks,
+        PER_ROW=job.per_row, TOP_K=True, TOP_P=job.may_drop_by_mass, LOGPROBS=job.logprobs,
+        BITS=key_bits(job.logits.dtype), TILE=chosen * group, GROUP=group,
+        NUM_GROUPS=triton.next_power_of_2(num_groups), NUM_CHUNKS=triton.next_power_of_2(num_chunks),
+        num_warps=tile_warps(max(chosen * group, num_groups)), enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _chunk_by_chunk(job: _Job) -> None:
+    logits = job.logits
+    batch, vocab_size = logits.shape
+    group_keys, partials, num_chunks, _ = launch_group_maxima(logits, CHUNK, job.logprobs)
+    chunk_sums = logits.new_empty((batch, num_chunks), dtype=torch.int64)
+    row = (batch, vocab_size, logits.stride(0), *job.parameters)
+    constants = {
+        "PER_ROW": job.per_row,
+        "NUM_CHUNKS": triton.next_power_of_2(num_chunks),
+        "num_warps": CHUNK_WARPS,
+        "enable_fp_fusion": False,
+    }
+    cuts = lasts = None
+    has_cut = job.may_drop_by_rank or job.may_drop_by_mass
+    if has_cut:
+        cuts, lasts = logits.new_empty((2, batch), dtype=torch.int32)
+        _find_cut[(batch,)](logits, *row, group_keys, cuts, lasts, num_chunks, BLOCK=CHUNK, **constants)
+    constants.update(CUT=has_cut, CHUNK=CHUNK)
+    grid = (batch * num_chunks,)
+    _chunk_weights[grid](logits, *row, group_keys, cuts, lasts, chunk_sums, num_chunks, **constants)
+    _draw_from_chunks[(batch,)](
+        logits, *job.outputs, *row, group_keys, partials, cuts, lasts, chunk_sums, num_chunks,
+        LOGPROBS=job.logprobs, **constants,
+    )  # fmt: skip

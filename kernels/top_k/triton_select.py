@@ -12,8 +12,10 @@ Every operation on a weight is one that reference.py does, in its order, each ro
 compiled with enable_fp_fusion=False, so that no multiplication is fused with an addition.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.top_k import reference
 
@@ -27,6 +29,11 @@ WEIGHT_ONE = tl.constexpr(2.0**reference.WEIGHT_BITS)
 FINITE_KEYS_FROM = tl.constexpr(0x00800000)  # the key of the lowest finite number is the first above -inf's
 INFINITY_KEY = tl.constexpr(0xFF800000)  # of +inf; NaN lies above
 
+MAX_TILE = 8192  # elements that one program holds
+MAX_GROUPS_CHOSEN = 1024
+CHUNK = 4096  # elements of a long row that one program reads
+CHUNK_WARPS = 4
+
 
 @triton.jit
 def ordered_key(x):
@@ -34,6 +41,11 @@ def ordered_key(x):
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
     return tl.where(x != x, 0xFFFFFFFF, key)
+
+
+def key_bits(dtype: torch.dtype) -> int:
+    """How many of a key's upper bits tell the numbers of this type apart: fp16 and bf16 leave the lower ones equal."""
+    return {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}[dtype]
 
 
 @triton.jit
@@ -44,34 +56,50 @@ def value_of_key(key):
 
 
 @triton.jit
-def kth_largest(key, k):
+def kth_largest(key, k, BITS: tl.constexpr):
     """The k-th largest of a tile of keys (the largest v with at least k keys >= v), 0 if there are fewer than k."""
     found = tl.full((), 0, tl.uint32)
-    for bit in range(32):
-        trial = found | (tl.full((), 0x80000000, tl.uint32) >> bit)
+    for bit in range(BITS):
+        trial = found | (tl.full((), 1 << (BITS - 1), tl.uint32) >> bit)
         enough = tl.sum((key >= trial).to(tl.int32)) >= k
         found = tl.where(enough, trial, found)
     return found
 
 
 @triton.jit
-def key_reaching(key, weight, target):
+def key_reaching(key, weight, target, BITS: tl.constexpr):
     """The largest v for which the weights of the keys >= v add up to the target or more."""
     found = tl.full((), 0, tl.uint32)
-    for bit in range(32):
-        trial = found | (tl.full((), 0x80000000, tl.uint32) >> bit)
+    for bit in range(BITS):
+        trial = found | (tl.full((), 1 << (BITS - 1), tl.uint32) >> bit)
         enough = tl.sum(tl.where(key >= trial, weight, 0)) >= target
         found = tl.where(enough, trial, found)
     return found
 
 
 @triton.jit
-def keep_best(key, k):
+def keep_best(key, k, BITS: tl.constexpr):
     """Which of a tile's keys, in index order, are the best k: all above the k-th largest, and ties from the left."""
-    cut = kth_largest(key, k)
+    cut = kth_largest(key, k, BITS)
     room = k - tl.sum((key > cut).to(tl.int32))
     tie = key == cut
     return (key > cut) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
+
+
+@triton.jit
+def gather_best_groups(group_keys, chosen, num_groups, k, BITS: tl.constexpr, NUM_GROUPS: tl.constexpr):
+    """Write the numbers of the best k groups to `chosen`, in order; returns the largest key.
+
+    The best k elements of a row lie in the k groups with the largest maxima (ties: the group on the left): if an
+    element's group is not among them, k other groups each hold a better element.
+    """
+    groups = tl.arange(0, NUM_GROUPS)
+    key = tl.load(group_keys + groups, mask=groups < num_groups, other=0).to(tl.uint32, bitcast=True)  # [NUM_GROUPS]
+    kept = keep_best(key >> (32 - BITS), k, BITS)
+    slot = tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(chosen + slot, groups, mask=kept)
+    tl.debug_barrier()  # other threads read what was written here
+    return tl.max(key)
 
 
 @triton.jit
@@ -123,3 +151,65 @@ def random_below(total, seed, step):
     u_high, u_low = _philox(seed, step)
     u = (u_high.to(tl.uint64) << 32) | u_low.to(tl.uint64)
     return tl.umulhi(u, total.to(tl.uint64)).to(tl.int64)
+
+
+@triton.jit
+def group_maxima(
+    x, group_keys, partials, n, row_stride, num_groups, num_chunks,
+    SUM_EXP: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program, CHUNK elements of a row: the largest key of each GROUP neighbours, and what logsumexp needs.
+
+    group_keys (batch, num_groups) int32; partials (batch, num_chunks, 2) fp32: the maximum, and the sum of exp(x - it).
+    """
+    row = (tl.program_id(0) // num_chunks).to(tl.int64)
+    chunk = tl.program_id(0) % num_chunks
+    groups = tl.arange(0, CHUNK // GROUP)
+    index = chunk * CHUNK + groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [CHUNK / GROUP, GROUP]
+    v = tl.load(x + row * row_stride + index, mask=index < n, other=float("-inf")).to(tl.float32)
+    key = tl.max(ordered_key(v), axis=1)
+    groups += chunk * (CHUNK // GROUP)
+    tl.store(group_keys + row * num_groups + groups, key.to(tl.int32, bitcast=True), mask=groups < num_groups)
+    if SUM_EXP:
+        largest = tl.max(tl.max(v, axis=1), axis=0)
+        largest = tl.where(largest == float("-inf"), 0.0, largest)  # -inf - -inf is not a number
+        total = tl.sum(tl.sum(tl.exp2((v - largest) * LOG2_E), axis=1), axis=0)
+        partial = partials + (row * num_chunks + chunk) * 2
+        tl.store(partial, largest)
+        tl.store(partial + 1, total)
+
+
+@triton.jit
+def log_sum_exp(partials, row, num_chunks, row_max, NUM_CHUNKS: tl.constexpr):
+    """log(sum(exp(x - row_max))) from the partials of a row's chunks."""
+    chunks = tl.arange(0, NUM_CHUNKS)
+    inside = chunks < num_chunks
+    partials += (row * num_chunks + chunks) * 2
+    largest = tl.load(partials, mask=inside, other=float("-inf"))
+    total = tl.load(partials + 1, mask=inside, other=0.0)
+    return tl.log2(tl.sum(total * tl.exp2((largest - row_max) * LOG2_E))) * LN_2
+
+
+def tile_warps(tile: int) -> int:
+    """Warps for a program that holds so many elements."""
+    return min(16, max(1, tile // 512))
+
+
+def choose_group(n: int, k: int) -> tuple[int, int]:
+    """The size of a group, and how many of them are chosen at most, such that both steps look at few elements."""
+    chosen = triton.next_power_of_2(k)
+    sizes = (8, 16, 32, 64, 128)
+    return min(sizes, key=lambda size: triton.next_power_of_2(triton.cdiv(n, size)) + chosen * size), chosen
+
+
+def launch_group_maxima(x: Tensor, group: int, sum_exp: bool) -> tuple[Tensor, Tensor, int, int]:
+    """Run `group_maxima`: the keys (batch, num_groups), the partials, and how many groups and chunks a row has."""
+    batch, n = x.shape
+    num_groups, num_chunks = triton.cdiv(n, group), triton.cdiv(n, CHUNK)
+    group_keys = x.new_empty((batch, num_groups), dtype=torch.int32)
+    partials = x.new_empty((batch, num_chunks, 2) if sum_exp else (0,), dtype=torch.float32)
+    group_maxima[(batch * num_chunks,)](
+        x, group_keys, partials, n, x.stride(0), num_groups, num_chunks,
+        SUM_EXP=sum_exp, GROUP=group, CHUNK=CHUNK, num_warps=CHUNK_WARPS,
+    )  # fmt: skip
+    return group_keys, partials, num_groups, num_chunks

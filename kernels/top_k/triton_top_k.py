@@ -1,8 +1,9 @@
 """top_k on the GPU. The definition is reference.py's; triton_select.py says how selection works.
 
-    short rows   one program holds a whole row in registers: select, then sort what was selected
-    long rows    one program per row reads it several times, block by block, and writes the best k out in index order;
-                 torch sorts them
+    very short rows   one program sorts several whole rows in registers
+    k up to 1024      of a long row, the maximum of each group of neighbours is found first, in parallel chunks; then
+                      one program per row selects from the best groups (or from a whole short row) and sorts the best k
+    larger k          one program per row writes its best k out in index order; torch sorts them
 
 A candidate is one 64-bit integer, the key of a value above the complement of its index: larger is better, no two equal.
 
@@ -14,10 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.top_k.triton_sample import _count_from, _load_block, _nth_tie
-from kernels.top_k.triton_select import ordered_key, value_of_key
+from kernels.top_k.triton_sample import best_k_cut, load_block
+from kernels.top_k.triton_select import (
+    CHUNK,
+    CHUNK_WARPS,
+    MAX_GROUPS_CHOSEN,
+    MAX_TILE,
+    choose_group,
+    gather_best_groups,
+    keep_best,
+    key_bits,
+    launch_group_maxima,
+    ordered_key,
+    tile_warps,
+    value_of_key,
+)
 
-MAX_SHORT_ROW = 2048
+MAX_SORTED_WHOLE = 128  # longer rows are selected from first
 
 
 @triton.jit
@@ -34,10 +48,46 @@ def _top_k_short(x, values, indices, batch, n, row_stride, k, ROWS: tl.constexpr
     v = tl.load(x + rows * row_stride + index, mask=inside, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     key = tl.where(inside, ordered_key(v), 0)
     candidates = tl.sort(_candidate(key, index), descending=True)
+    _store_sorted(values, indices, rows * k + index, candidates, (rows < batch) & (index < k))
+
+
+@triton.jit
+def _top_k_tile(
+    x, values, indices, n, row_stride, k, group_keys, chosen_groups, candidates, num_groups,
+    BITS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """One program, one row: select from a tile of it in registers, then sort the K that were selected.
+
+    GROUP = 0: the tile is the whole row. Otherwise it is the TILE / GROUP groups that hold the row's best.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, TILE)
+    if GROUP == 0:
+        index = places
+        inside = index < n
+    else:
+        chosen_groups += row * (TILE // GROUP)
+        gather_best_groups(group_keys + row * num_groups, chosen_groups, num_groups, k, BITS, NUM_GROUPS)
+        inside = places < tl.minimum(k, num_groups) * GROUP
+        index = tl.load(chosen_groups + places // GROUP, mask=inside, other=0) * GROUP + places % GROUP
+        inside = inside & (index < n)
+    key = ordered_key(tl.load(x + row * row_stride + index, mask=inside, other=0.0).to(tl.float32))
+    key = tl.where(inside, key, 0)  # [TILE]
+    kept = keep_best(key >> (32 - BITS), k, BITS)
+    slot = tl.cumsum(kept.to(tl.int32), 0) - 1
+    candidates += row * k
+    tl.store(candidates + slot, _candidate(key, index), mask=kept)
+    tl.debug_barrier()  # other threads read what was written here
+    ranks = tl.arange(0, K)
+    best = tl.sort(tl.load(candidates + ranks, mask=ranks < k, other=-(2**63)), descending=True)
+    _store_sorted(values, indices, row * k + ranks, best, ranks < k)
+
+
+@triton.jit
+def _store_sorted(values, indices, places, candidates, wanted):
     value = value_of_key(((candidates >> 32) + 0x80000000).to(tl.uint32))
-    wanted = (rows < batch) & (index < k)
-    tl.store(values + rows * k + index, value.to(values.dtype.element_ty), mask=wanted)
-    tl.store(indices + rows * k + index, 0x7FFFFFFF - (candidates & 0x7FFFFFFF), mask=wanted)
+    tl.store(values + places, value.to(values.dtype.element_ty), mask=wanted)
+    tl.store(indices + places, 0x7FFFFFFF - (candidates & 0x7FFFFFFF), mask=wanted)
 
 
 @triton.jit
@@ -45,17 +95,10 @@ def _top_k_long(x, candidates, n, row_stride, k, BLOCK: tl.constexpr):
     """One program, one row: its best k as candidates (batch, k), in index order."""
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
-    cut = tl.full((), 0, tl.uint32)
-    for bit in range(32):
-        trial = cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
-        cut = tl.where(_count_from(x, n, trial, BLOCK) >= k, trial, cut)
-    above = tl.full((), 0, tl.int32)
-    if cut != 0xFFFFFFFF:
-        above = _count_from(x, n, cut + 1, BLOCK)
-    last = _nth_tie(x, n, cut, k - above, BLOCK)
+    cut, last = best_k_cut(x, n, k, BLOCK)
     written = tl.full((), 0, tl.int32)
     for start in range(0, n, BLOCK):
-        index, _, key = _load_block(x, start, n, BLOCK)
+        index, _, key = load_block(x, start, n, BLOCK)
         kept = (key > cut) | ((key == cut) & (index <= last))
         slot = written + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(candidates + row * k + slot, _candidate(key, index), mask=kept)
@@ -69,13 +112,32 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if batch == 0:
         return values, indices
     with torch.cuda.device_of(x):
-        if n <= MAX_SHORT_ROW:
+        if n <= MAX_SORTED_WHOLE:
             block = max(16, triton.next_power_of_2(n))
             rows = max(1, 1024 // block)
             grid = (triton.cdiv(batch, rows),)
             _top_k_short[grid](x, values, indices, batch, n, x.stride(0), k, ROWS=rows, BLOCK=block, num_warps=4)
             return values, indices
         candidates = x.new_empty((batch, k), dtype=torch.int64)
-        _top_k_long[(batch,)](x, candidates, n, x.stride(0), k, BLOCK=4096, num_warps=8)
+        if k <= MAX_GROUPS_CHOSEN:
+            _select_and_sort(x, k, candidates, values, indices)
+            return values, indices
+        _top_k_long[(batch,)](x, candidates, n, x.stride(0), k, BLOCK=CHUNK, num_warps=CHUNK_WARPS)
     indices = torch.sort(candidates, dim=-1, descending=True).values.bitwise_and_(0x7FFFFFFF).neg_().add_(0x7FFFFFFF)
     return x.gather(-1, indices) + 0.0, indices
+
+
+def _select_and_sort(x: Tensor, k: int, candidates: Tensor, values: Tensor, indices: Tensor) -> None:
+    batch, n = x.shape
+    if n <= MAX_TILE:
+        group, tile, num_groups = 0, triton.next_power_of_2(n), 0
+        group_keys = chosen_groups = None
+    else:
+        group, chosen = choose_group(n, k)
+        group_keys, _, num_groups, _ = launch_group_maxima(x, group, sum_exp=False)
+        tile, chosen_groups = chosen * group, x.new_empty((batch, chosen), dtype=torch.int32)
+    _top_k_tile[(batch,)](
+        x, values, indices, n, x.stride(0), k, group_keys, chosen_groups, candidates, num_groups,
+        BITS=key_bits(x.dtype), TILE=tile, GROUP=group, NUM_GROUPS=triton.next_power_of_2(num_groups),
+        K=max(16, triton.next_power_of_2(k)), num_warps=tile_warps(max(tile, num_groups)),
+    )  # fmt: skip
