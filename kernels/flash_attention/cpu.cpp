@@ -50,12 +50,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kBlockM = 64;       // queries in a block: lanes
 constexpr int64_t kBlockN = 64;       // keys in a block
 constexpr int64_t kChunk = 512;       // queries whose gradients stay in the cache while the keys pass by
 constexpr int64_t kBackwardTasks = 16;  // the backward pass is cut into at least so many, where it is long enough
 constexpr int64_t kDecodeSplit = 512;  // keys of one decoding task
 constexpr int64_t kDecodeRows = 16;   // more query rows than this per key head are no longer decoding
+constexpr int64_t kKeptBytes = int64_t{64} << 20;  // a buffer larger than this is given back after the call
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -67,10 +69,6 @@ using Half = _Float16;
 #else
 using Half = torch::headeronly::Half;
 #endif
-
-struct BFloat16 {
-  uint16_t bits;
-};
 
 template <class A, class T>
 inline A widen(T x) {
@@ -211,6 +209,12 @@ class Buffer {
     return data_.get();
   }
 
+  void release_if_large() {
+    if (size_ * static_cast<int64_t>(sizeof(A)) <= kKeptBytes) return;
+    data_.reset();
+    size_ = 0;
+  }
+
  private:
   struct Free {
     void operator()(A* p) const { std::free(p); }
@@ -219,9 +223,9 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Copies between a tensor and a block in A, zero beyond what the tensor has.
+// Copies between tensors and blocks
 
-// block [padded_rows][block_row] = matrix[0:rows, 0:dims]
+// block [padded_rows][block_row] = matrix[0:rows, 0:dims], zero beyond
 template <class A>
 void read_rows(const Matrix& matrix, int64_t rows, int64_t dims, A* block, int64_t block_row, int64_t padded_rows) {
   visit(matrix.dtype, [&](auto zero) {
@@ -239,19 +243,6 @@ void read_rows(const Matrix& matrix, int64_t rows, int64_t dims, A* block, int64
   std::fill(block + rows * block_row, block + padded_rows * block_row, A{0});
 }
 
-// block [dims][kBlockM] = factor * matrix[0:rows, 0:dims]^T
-template <class A>
-void read_transposed(const Matrix& matrix, int64_t rows, int64_t dims, A factor, A* block) {
-  visit(matrix.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* row = matrix.row<T>(i);
-      for (int64_t d = 0; d < dims; ++d) block[d * kBlockM + i] = factor * widen<A>(row[d * matrix.dim_stride]);
-    }
-  });
-  for (int64_t d = 0; d < dims; ++d) std::fill(block + d * kBlockM + rows, block + (d + 1) * kBlockM, A{0});
-}
-
 // matrix[0:rows, 0:dims] = factor * block, block [rows][block_row]
 template <class A>
 void write_rows(const Matrix& matrix, int64_t rows, int64_t dims, A factor, const A* block, int64_t block_row) {
@@ -259,42 +250,189 @@ void write_rows(const Matrix& matrix, int64_t rows, int64_t dims, A factor, cons
     using T = decltype(zero);
     for (int64_t i = 0; i < rows; ++i) {
       T* row = matrix.row<T>(i);
-      for (int64_t d = 0; d < dims; ++d) row[d * matrix.dim_stride] = narrow<T>(factor * block[i * block_row + d]);
+      const A* from = block + i * block_row;
+      if (matrix.dim_stride == 1)
+        for (int64_t d = 0; d < dims; ++d) row[d] = narrow<T>(factor * from[d]);
+      else
+        for (int64_t d = 0; d < dims; ++d) row[d * matrix.dim_stride] = narrow<T>(factor * from[d]);
     }
   });
 }
 
-// matrix[0:rows, 0:dims] = (block * factors)^T, block [dims][kBlockM], factors [kBlockM]
+// matrix[0:rows, 0:dims] = factor * block^T, block [dims][kBlockM]
 template <class A>
-void write_transposed(const Matrix& matrix, int64_t rows, int64_t dims, const A* factors, const A* block) {
-  visit(matrix.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    for (int64_t i = 0; i < rows; ++i) {
-      T* row = matrix.row<T>(i);
-      for (int64_t d = 0; d < dims; ++d) row[d * matrix.dim_stride] = narrow<T>(factors[i] * block[d * kBlockM + i]);
-    }
-  });
+void write_transposed(const Matrix& matrix, int64_t rows, int64_t dims, A factor, const A* block) {
+  alignas(64) A staged[kBlockM * kMaxHeadDim];  // [rows][staged_row]
+  const int64_t staged_row = round_up(dims, kWidth<A>);
+  transpose(block, kBlockM, dims, rows, staged, staged_row);
+  write_rows(matrix, rows, dims, factor, staged, staged_row);
 }
 
-// K or V rows as an operand whose elements are broadcast: in place if they are in A already, else a copy in `scratch`.
-template <class A>
-struct Operand {
-  const A* data;
-  int64_t row_stride, dim_stride;
+// Operands of the products, from tensors. "Left" ones are K and V, "right" ones Q and dO; see microkernels.h.
 
-  Operand(const Matrix& matrix, int64_t first_row, int64_t rows, int64_t dims, Buffer<A>& scratch) {
-    const bool compact = matrix.dim_stride == 1 && matrix.row_stride <= 256;  // long strides share few cache sets
-    if (compact && (matrix.dtype == ScalarType::Double || (matrix.dtype == ScalarType::Float && sizeof(A) == 4))) {
-      data = matrix.row<A>(first_row);
-      row_stride = matrix.row_stride;
-      dim_stride = 1;
-      return;
+template <class M>
+struct Operands;
+
+template <class A>
+struct Operands<Plain<A>> {
+  using E = A;
+
+  static int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, kWidth<A>); }
+
+  static bool holds(const Matrix& matrix) {
+    return matrix.dtype == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float) && matrix.dim_stride == 1;
+  }
+
+  // A block of keys where it lies; not if its rows are far apart, because these would share few of the cache's sets.
+  static bool in_place(const Matrix& matrix) { return holds(matrix) && matrix.row_stride <= kMaxHeadDim; }
+  static Left<E> rows_in_place(const Matrix& block) { return {block.row<A>(0), block.row_stride, 1}; }
+  static Left<E> columns_in_place(const Matrix& block) { return {block.row<A>(0), 1, block.row_stride}; }
+
+  // left [keys][head_dim], and the same seen as its transpose
+  static void pack_rows(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
+    read_rows(block, keys, head_dim, to, head_dim, keys);
+  }
+  static Left<E> packed_rows(const E* packed, int64_t head_dim) { return {packed, head_dim, 1}; }
+  static void pack_columns(const Matrix& block, int64_t keys, int64_t head_dim, E* to) { pack_rows(block, keys, head_dim, to); }
+  static Left<E> packed_columns(const E* packed, int64_t head_dim) { return {packed, 1, head_dim}; }
+
+  // right [head_dim][kBlockM] = sign * block^T
+  static void right_columns(const Matrix& block, int64_t rows, int64_t head_dim, bool negate, E* to) {
+    alignas(64) A staged[kBlockM * kMaxHeadDim];
+    const A* from = staged;
+    int64_t from_row = head_dim;
+    if (holds(block)) {
+      from = block.row<A>(0);
+      from_row = block.row_stride;
+    } else {
+      read_rows(block, rows, head_dim, staged, head_dim, rows);
     }
-    A* copy = scratch.at_least(kBlockN * dims);
-    read_rows(matrix.from(first_row), rows, dims, copy, dims, rows);
-    data = copy;
-    row_stride = dims;
-    dim_stride = 1;
+    transpose(from, from_row, rows, head_dim, to, kBlockM);
+    if (negate)
+      for (int64_t i = 0; i < head_dim * kBlockM; ++i) to[i] = -to[i];
+  }
+
+  // right [kBlockM][padded_dim] = block
+  static void right_rows(const Matrix& block, int64_t rows, int64_t head_dim, E* to) {
+    read_rows(block, rows, head_dim, to, padded_dim(head_dim), kBlockM);
+  }
+
+  // Two rows of weights as rows n and n + 1 of a right operand [kBlockN][kBlockM], or of a left one
+  static void store_right(E* to, int64_t n, int64_t m, Vec<A> x, Vec<A> y) {
+    store(to + n * kBlockM + m, x);
+    store(to + (n + 1) * kBlockM + m, y);
+  }
+  static void store_left(E* to, int64_t n, int64_t m, Vec<A> x, Vec<A> y) { store_right(to, n, m, x, y); }
+  static constexpr bool kOneLayout = true;  // a right operand [keys][kBlockM] is a left operand too, as it stands
+};
+
+#if defined(TOY_LM_BF16_PAIRS)
+template <>
+struct Operands<Bf16Pairs> {
+  using E = BFloat16;
+
+  static int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, Bf16Pairs::kDepthUnit); }
+
+  static bool in_place(const Matrix&) { return false; }
+  static Left<E> rows_in_place(const Matrix& block) { return {block.row<E>(0), block.row_stride, 1}; }
+  static Left<E> columns_in_place(const Matrix& block) { return rows_in_place(block); }
+
+  // bf16 [padded_rows][to_row] = block[0:rows, 0:head_dim], zero beyond
+  static void copy(const Matrix& block, int64_t rows, int64_t head_dim, E* to, int64_t to_row, int64_t padded_rows) {
+    for (int64_t i = 0; i < rows; ++i, to += to_row) {
+      const E* row = block.row<E>(i);
+      if (block.dim_stride == 1)
+        std::memcpy(to, row, head_dim * sizeof(E));
+      else
+        for (int64_t d = 0; d < head_dim; ++d) to[d] = row[d * block.dim_stride];
+      std::fill(to + head_dim, to + to_row, E{0});
+    }
+    std::fill_n(to, (padded_rows - rows) * to_row, E{0});
+  }
+
+  // left [kBlockN][padded_dim]
+  static void pack_rows(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
+    copy(block, keys, head_dim, to, padded_dim(head_dim), kBlockN);
+  }
+  static Left<E> packed_rows(const E* packed, int64_t head_dim) { return {packed, padded_dim(head_dim), 1}; }
+
+  // left [padded_dim][kBlockN]: the rows of two keys become pairs, and the pairs change places as 32-bit numbers.
+  static void pack_columns(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
+    alignas(64) uint32_t pairs[kBlockN / 2 * kMaxHeadDim];
+    pair_rows(block, keys, head_dim, pairs, kBlockN);
+    transpose(pairs, padded_dim(head_dim), kBlockN / 2, padded_dim(head_dim), reinterpret_cast<uint32_t*>(to), kBlockN / 2);
+  }
+  static Left<E> packed_columns(const E* packed, int64_t) { return {packed, kBlockN, 1}; }
+
+  // pairs [padded_rows / 2][padded_dim]: rows 2 i (lower halves) and 2 i + 1 (upper halves)
+  static void pair_rows(const Matrix& block, int64_t rows, int64_t head_dim, uint32_t* pairs, int64_t padded_rows) {
+    const int64_t width = padded_dim(head_dim);
+    alignas(64) static constexpr E kZeros[kMaxHeadDim] = {};
+    for (int64_t i = 0; i < padded_rows; i += 2, pairs += width) {
+      const E* low = i < rows ? block.row<E>(i) : kZeros;
+      const E* high = i + 1 < rows ? block.row<E>(i + 1) : kZeros;
+      if (block.dim_stride == 1) {
+        for (int64_t d = 0; d < head_dim; ++d) pairs[d] = low[d].bits | static_cast<uint32_t>(high[d].bits) << 16;
+      } else {
+        const int64_t low_stride = i < rows ? block.dim_stride : 1, high_stride = i + 1 < rows ? block.dim_stride : 1;
+        for (int64_t d = 0; d < head_dim; ++d)
+          pairs[d] = low[d * low_stride].bits | static_cast<uint32_t>(high[d * high_stride].bits) << 16;
+      }
+      std::fill(pairs + head_dim, pairs + width, 0u);
+    }
+  }
+
+  // right [padded_dim / 2][kBlockM][2] = sign * block^T
+  static void right_columns(const Matrix& block, int64_t rows, int64_t head_dim, bool negate, E* to) {
+    alignas(64) E staged[kBlockM * kMaxHeadDim];
+    const int64_t width = padded_dim(head_dim);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
+    copy(block, rows, head_dim, staged, width, kBlockM);
+    transpose(reinterpret_cast<const uint32_t*>(staged), width / 2, kBlockM, width / 2, pairs, kBlockM);
+    if (negate)
+      for (int64_t i = 0; i < width / 2 * kBlockM; ++i) pairs[i] ^= 0x80008000u;
+  }
+
+  // right [kBlockM / 2][padded_dim][2] = block
+  static void right_rows(const Matrix& block, int64_t rows, int64_t head_dim, E* to) {
+    pair_rows(block, rows, head_dim, reinterpret_cast<uint32_t*>(to), kBlockM);
+  }
+
+  static void store_right(E* to, int64_t n, int64_t m, Vec<float> x, Vec<float> y) {
+    store(reinterpret_cast<uint32_t*>(to + n * kBlockM) + m, to_pairs(x, y));
+  }
+  static void store_left(E* to, int64_t n, int64_t m, Vec<float> x, Vec<float> y) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + n * kBlockM + m), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (n + 1) * kBlockM + m), (__m256i)_mm512_cvtneps_pbh((__m512)y));
+  }
+  static constexpr bool kOneLayout = false;
+};
+#endif
+
+// K or V of one key head as left operands, block of keys after block of keys: where they lie, or packed.
+template <class M>
+struct KeyBlocks {
+  using E = typename M::Element;
+  Matrix matrix;
+  int64_t seqlen_k, head_dim;
+  const E* packed = nullptr;  // all blocks, if they were packed before
+
+  static int64_t block_size(int64_t head_dim) { return kBlockN * Operands<M>::padded_dim(head_dim); }
+
+  Left<E> rows(int64_t n, Buffer<E>& scratch) const {
+    if (packed) return Operands<M>::packed_rows(packed + n / kBlockN * block_size(head_dim), head_dim);
+    if (Operands<M>::in_place(matrix)) return Operands<M>::rows_in_place(matrix.from(n));
+    E* block = scratch.at_least(block_size(head_dim));
+    Operands<M>::pack_rows(matrix.from(n), std::min(kBlockN, seqlen_k - n), head_dim, block);
+    return Operands<M>::packed_rows(block, head_dim);
+  }
+
+  Left<E> columns(int64_t n, Buffer<E>& scratch) const {
+    if (packed) return Operands<M>::packed_columns(packed + n / kBlockN * block_size(head_dim), head_dim);
+    if (Operands<M>::in_place(matrix)) return Operands<M>::columns_in_place(matrix.from(n));
+    E* block = scratch.at_least(block_size(head_dim));
+    Operands<M>::pack_columns(matrix.from(n), std::min(kBlockN, seqlen_k - n), head_dim, block);
+    return Operands<M>::packed_columns(block, head_dim);
   }
 };
 
@@ -317,18 +455,17 @@ void for_each_task(int64_t tasks, double flops, const F& f) {
 
 // Stages that forward and backward share
 
-// How a raw score becomes one: s, in units of which exp2(factor * s) is the weight. The sign of softmax_scale is put
-// into Q^T, so that the greatest raw score is the greatest score; factor is above 0, so that -inf * factor is -inf.
+// How a raw score becomes one: exp2(factor * s) is its weight. The sign of softmax_scale is put into Q^T, so that the
+// greatest raw score is the greatest score; factor is above 0, so that -inf * factor is -inf.
 template <class A>
 struct Scores {
-  A sign, factor, before_cap;
+  bool negate, capped;
+  A factor, before_cap;
 
-  explicit Scores(const Options& options) {
+  explicit Scores(const Options& options) : negate(options.softmax_scale < 0), capped(options.softcap > 0) {
     const double scale = std::abs(options.softmax_scale);
-    sign = options.softmax_scale < 0 ? A{-1} : A{1};
-    const double after = options.softcap > 0 ? options.softcap : scale;
-    factor = std::max<A>(static_cast<A>(after * kLog2E), std::numeric_limits<float>::min());
-    before_cap = options.softcap > 0 ? static_cast<A>(scale / options.softcap) : A{0};
+    factor = std::max<A>(static_cast<A>((capped ? options.softcap : scale) * kLog2E), std::numeric_limits<float>::min());
+    before_cap = capped ? static_cast<A>(scale / options.softcap) : A{0};
   }
 };
 
@@ -343,127 +480,183 @@ void soft_cap(A* s, int64_t keys, int64_t columns, A before_cap) {
 }
 
 // Does some query of [row_begin, row_end) not see some key of [key_begin, key_end)?
-inline bool needs_mask(const Visible& visible, int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end) {
+bool needs_mask(const Visible& visible, int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end) {
   return visible.key_begin(row_end - 1) > key_begin || visible.key_end(row_begin) < key_end;
 }
 
 // s = -inf where the query does not see the key, and in lanes that hold no query. s [keys][kBlockM]
 template <class A>
 void mask(const Visible& visible, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t keys, int64_t columns, A* s) {
-  alignas(64) A first[kBlockM], last[kBlockM];
-  for (int64_t m = 0; m < columns; ++m) {
-    const int64_t row = row_begin + m;
-    first[m] = m < rows ? static_cast<A>(visible.key_begin(row) - key_begin) : A{0};
-    last[m] = m < rows ? static_cast<A>(visible.key_end(row) - key_begin) : A{0};
-  }
+  constexpr int W = kWidth<A>;
+  // Lane m sees the keys first + m <= n < last + m of this tile. Further off than a tile is as good as a tile off.
+  const auto near = [&](int64_t x) { return static_cast<A>(std::clamp<int64_t>(x, -2 * (kBlockM + kBlockN), 2 * (kBlockM + kBlockN))); };
+  const bool windowed = visible.window > 0;
+  const int64_t position = row_begin + visible.offset - key_begin;
+  const A first = near(windowed ? position - visible.window + 1 : std::numeric_limits<int32_t>::min());
+  const A last = near(visible.causal ? position + 1 : windowed ? position + visible.window : std::numeric_limits<int32_t>::max());
   const Vec<A> hidden = broadcast(-std::numeric_limits<A>::infinity());
-  for (int64_t n = 0; n < keys; ++n) {
-    const Vec<A> key = broadcast(static_cast<A>(n));
-    for (int64_t j = 0; j < columns; j += kWidth<A>) {
+  Vec<A> lane{};
+  for (int i = 0; i < W; ++i) lane[i] = static_cast<A>(i);
+  for (int64_t j = 0; j < columns; j += W, lane += static_cast<A>(W)) {
+    const Vec<A> begin = select<A>(lane < static_cast<A>(rows), lane + first, broadcast(static_cast<A>(kBlockN)));
+    const Vec<A> end = lane + last;
+    for (int64_t n = 0; n < keys; ++n) {
+      const Vec<A> key = broadcast(static_cast<A>(n));
       A* at = s + n * kBlockM + j;
-      store(at, select<A>((load(first + j) <= key) & (key < load(last + j)), load(at), hidden));
+      store(at, select<A>((begin <= key) & (key < end), load(at), hidden));
     }
   }
+}
+
+// Rows up to the next whole unit of keys, which hold no key. At least up to an even number, for pairs.
+template <class M>
+int64_t hide_padding(typename M::Accumulator* s, int64_t keys) {
+  using A = typename M::Accumulator;
+  const int64_t padded = round_up(keys, std::max<int64_t>(M::kDepthUnit, 2));
+  std::fill(s + keys * kBlockM, s + padded * kBlockM, -std::numeric_limits<A>::infinity());
+  return padded;
 }
 
 // Forward
 
-template <class A>
+template <class M>
 struct ForwardBuffers {
-  Buffer<A> q_t, k, v, s, acc;
+  Buffer<typename M::Element> q_t, k, v, p;
+  Buffer<typename M::Accumulator> s, acc;
 };
 
-// The running maximum and sum of each query of a block, and what the last tile multiplied older results by.
-template <class A>
+// The running maximum and sum of each query of a block, and what older results are to be multiplied by.
+template <class M>
 struct OnlineSoftmax {
+  using A = typename M::Accumulator;
+  static constexpr A kHidden = -std::numeric_limits<A>::infinity();
+  static constexpr A kSlack = 8;  // a maximum may be exceeded by a factor of 2^8 before it is replaced
   alignas(64) A row_max[kBlockM], row_sum[kBlockM], alpha[kBlockM];
 
   OnlineSoftmax() {
-    std::fill_n(row_max, kBlockM, -std::numeric_limits<A>::infinity());
+    std::fill_n(row_max, kBlockM, kHidden);
     std::fill_n(row_sum, kBlockM, A{0});
   }
 
-  // s [keys][kBlockM] becomes p. -inf - (-inf) is kept from happening here alone: a row that has seen no key takes 0
+  // p = exp(s - row_max) for s [keys][kBlockM], where keys is even. Returns whether older results need rescaling.
+  // row_max follows the greatest score only when that is far ahead (as in FlashAttention-4): the result is the same, and
+  // most tiles need no rescaling. -inf - (-inf) is kept from happening here alone: a row that has seen no key takes 0
   // for its maximum, so that its weights are exp2(-inf) = 0.
-  void update(A* s, int64_t keys, int64_t columns, A factor) {
+  bool update(const A* s, int64_t keys, int64_t columns, A factor, typename M::Element* p) {
     constexpr int W = kWidth<A>;
+    bool rescale = false;
     for (int64_t j = 0; j < columns; j += W) {
       const Vec<A> old_max = load(row_max + j);
-      Vec<A> new_max = old_max;
-      for (int64_t n = 0; n < keys; ++n) new_max = max<A>(load(s + n * kBlockM + j), new_max);
-      const Vec<A> shift = select<A>(new_max == -std::numeric_limits<A>::infinity(), Vec<A>{}, new_max * factor);
-      Vec<A> sum{};
-      for (int64_t n = 0; n < keys; ++n) {
-        A* at = s + n * kBlockM + j;
-        const Vec<A> p = exp2(load(at) * factor - shift);
-        store(at, p);
-        sum += p;
+      Vec<A> even_max = old_max, odd_max = old_max;
+      for (int64_t n = 0; n < keys; n += 2) {
+        even_max = max<A>(load(s + n * kBlockM + j), even_max);
+        odd_max = max<A>(load(s + (n + 1) * kBlockM + j), odd_max);
       }
-      const Vec<A> rescale = exp2(old_max * factor - shift);
-      store(alpha + j, rescale);
+      Vec<A> new_max = max<A>(even_max, odd_max);
+      new_max = select<A>((new_max - old_max) * factor > kSlack, new_max, old_max);
+      const Vec<A> shift = select<A>(new_max == kHidden, Vec<A>{}, new_max * factor);
+      Vec<A> even_sum{}, odd_sum{};
+      for (int64_t n = 0; n < keys; n += 2) {
+        const Vec<A> even = exp2(load(s + n * kBlockM + j) * factor - shift);
+        const Vec<A> odd = exp2(load(s + (n + 1) * kBlockM + j) * factor - shift);
+        Operands<M>::store_right(p, n, j, even, odd);
+        even_sum += even;
+        odd_sum += odd;
+      }
+      const Vec<A> factor_old = exp2(old_max * factor - shift);
+      rescale |= any<A>(new_max != old_max);
+      store(alpha + j, factor_old);
       store(row_max + j, new_max);
-      store(row_sum + j, load(row_sum + j) * rescale + sum);
+      store(row_sum + j, load(row_sum + j) * factor_old + (even_sum + odd_sum));
     }
+    return rescale;
+  }
+
+  // Divides by the sums at last. lse in natural logarithms; in fp64 up to its end, because the backward pass takes every
+  // weight from it.
+  void finish(int64_t rows, A factor, A* acc, int64_t head_dim, const Matrix& lse) {
+    constexpr int W = kWidth<A>;
+    alignas(64) A logs[kBlockM];
+    const int64_t columns = round_up(rows, W);
+    for (int64_t j = 0; j < columns; j += W) {
+      const Vec<A> sum = load(row_sum + j);
+      store(alpha + j, select<A>(sum == A{0}, Vec<A>{}, A{1} / sum));
+      store(logs + j, log(sum));
+    }
+    scale_columns(acc, head_dim, columns);
+    const double natural = static_cast<double>(factor) * kLn2;
+    for (int64_t m = 0; m < rows; ++m)
+      *lse.row<A>(m) = row_sum[m] == 0 ? kHidden : static_cast<A>(static_cast<double>(row_max[m]) * natural + static_cast<double>(logs[m]));
+  }
+
+  // acc [head_dim][kBlockM] *= alpha
+  void scale_columns(A* acc, int64_t head_dim, int64_t columns) const {
+    for (int64_t d = 0; d < head_dim; ++d)
+      for (int64_t j = 0; j < columns; j += kWidth<A>) store(acc + d * kBlockM + j, load(acc + d * kBlockM + j) * load(alpha + j));
   }
 };
 
 // out and lse of one block of queries of one head.
-template <class A>
-void forward_block(
-    const Problem& problem, const Sequence& sequence, int64_t row_begin, const Matrix& q, const Matrix& k,
-    const Matrix& v, const Matrix& out, const Matrix& lse) {
-  thread_local ForwardBuffers<A> buffers;
-  const int64_t head_dim = problem.head_dim;
-  const int64_t rows = std::min(kBlockM, sequence.seqlen_q - row_begin);
-  const int64_t columns = round_up(rows, kWidth<A>);
+template <class M>
+void forward_block(const Problem& problem, const Sequence& sequence, int64_t row_begin, const Matrix& q, const KeyBlocks<M>& k,
+                   const KeyBlocks<M>& v, const Matrix& out, const Matrix& lse) {
+  using A = typename M::Accumulator;
+  thread_local ForwardBuffers<M> buffers;
+  [[maybe_unused]] const typename M::Session session;
+  const int64_t head_dim = problem.head_dim, padded_dim = Operands<M>::padded_dim(head_dim);
+  const int64_t rows = std::min(kBlockM, sequence.seqlen_q - row_begin), columns = round_up(rows, kWidth<A>);
   const Visible visible(problem.options, sequence);
   const Scores<A> scores(problem.options);
 
-  A* q_t = buffers.q_t.at_least(head_dim * kBlockM);  // [head_dim][kBlockM]
-  A* s = buffers.s.at_least(kBlockN * kBlockM);       // [kBlockN][kBlockM], S^T and then P^T
-  A* acc = buffers.acc.at_least(head_dim * kBlockM);  // [head_dim][kBlockM], O^T
-  read_transposed(q, rows, head_dim, scores.sign, q_t);
-  std::fill_n(acc, head_dim * kBlockM, A{0});
-  OnlineSoftmax<A> softmax;
+  auto* q_t = buffers.q_t.at_least(padded_dim * kBlockM);  // right [head_dim][kBlockM]
+  A* s = buffers.s.at_least(kBlockN * kBlockM);            // S^T [kBlockN][kBlockM]
+  A* acc = buffers.acc.at_least(padded_dim * kBlockM);     // O^T [head_dim][kBlockM]
+  typename M::Element* p;                                  // P^T [kBlockN][kBlockM], right
+  if constexpr (Operands<M>::kOneLayout)
+    p = s;
+  else
+    p = buffers.p.at_least(kBlockN * kBlockM);
+  Operands<M>::right_columns(q, rows, head_dim, scores.negate, q_t);
+  OnlineSoftmax<M> softmax;
 
-  const int64_t keys_begin = visible.key_begin(row_begin), keys_end = visible.key_end(row_begin + rows - 1);
+  const int64_t keys_begin = visible.key_begin(row_begin) / kBlockN * kBlockN, keys_end = visible.key_end(row_begin + rows - 1);
+  if (keys_begin >= keys_end) std::fill_n(acc, padded_dim * kBlockM, A{0});
   for (int64_t n = keys_begin; n < keys_end; n += kBlockN) {
+    const bool first = n == keys_begin;
     const int64_t keys = std::min(kBlockN, keys_end - n);
 
     // S^T = K Q^T
-    const Operand<A> k_block(k, n, keys, head_dim, buffers.k);
-    multiply<A>(keys, columns, head_dim, k_block.data, k_block.row_stride, k_block.dim_stride, q_t, kBlockM, s, kBlockM, true);
+    M::multiply(round_up(keys, M::kRowUnit), columns, round_up(head_dim, M::kDepthUnit), k.rows(n, buffers.k), q_t, kBlockM, s, kBlockM, true);
 
     // Mask
-    if (problem.options.softcap > 0) soft_cap(s, keys, columns, scores.before_cap);
+    if (scores.capped) soft_cap(s, keys, columns, scores.before_cap);
     if (needs_mask(visible, row_begin, row_begin + rows, n, n + keys)) mask(visible, row_begin, rows, n, keys, columns, s);
 
     // Online softmax
-    softmax.update(s, keys, columns, scores.factor);
+    const int64_t padded_keys = hide_padding<M>(s, keys);
+    const bool rescale = softmax.update(s, padded_keys, columns, scores.factor, p);
 
-    // Rescale; O^T += V^T P^T
-    const Operand<A> v_block(v, n, keys, head_dim, buffers.v);
-    multiply<A>(
-        head_dim, columns, keys, v_block.data, v_block.dim_stride, v_block.row_stride, s, kBlockM, acc, kBlockM, false,
-        softmax.alpha);
+    // Rescale
+    if (rescale && !first) softmax.scale_columns(acc, head_dim, columns);
+
+    // O^T += V^T P^T
+    M::multiply(round_up(head_dim, M::kRowUnit), columns, round_up(keys, M::kDepthUnit), v.columns(n, buffers.v), p, kBlockM, acc, kBlockM, first);
   }
 
   // O = O / row_sum
-  for (int64_t m = 0; m < rows; ++m) {
-    const A sum = softmax.row_sum[m];
-    const bool empty = sum == 0;
-    softmax.alpha[m] = empty ? A{0} : 1 / sum;
-    *lse.row<A>(m) = empty ? -std::numeric_limits<A>::infinity()
-                           : static_cast<A>((softmax.row_max[m] * scores.factor + std::log2(sum)) * A(kLn2));
-  }
-  write_transposed(out, rows, head_dim, softmax.alpha, acc);
+  softmax.finish(rows, scores.factor, acc, head_dim, lse);
+  write_transposed(out, rows, head_dim, A{1}, acc);
 }
 
-// Where each sequence's query blocks start in one long list of them.
-std::vector<int64_t> count_blocks(const std::vector<Sequence>& sequences, int64_t block) {
+// Where each sequence's blocks of queries (or keys) start in one long list of them.
+std::vector<int64_t> count_blocks(const std::vector<Sequence>& sequences, int64_t Sequence::*seqlen, int64_t block) {
   std::vector<int64_t> starts{0};
-  for (const Sequence& sequence : sequences) starts.push_back(starts.back() + ceil_div(sequence.seqlen_q, block));
+  for (const Sequence& sequence : sequences) starts.push_back(starts.back() + ceil_div(sequence.*seqlen, block));
   return starts;
+}
+
+int64_t sequence_of_block(const std::vector<int64_t>& starts, int64_t block) {
+  return std::upper_bound(starts.begin(), starts.end(), block) - starts.begin() - 1;
 }
 
 double count_flops(const Problem& problem) {
@@ -473,27 +666,60 @@ double count_flops(const Problem& problem) {
   return 4.0 * pairs * static_cast<double>(problem.num_heads * problem.head_dim) * (problem.options.causal ? 0.5 : 1.0);
 }
 
-template <class A>
+// Packs K or V of all key heads, block by block, where that is needed and more than one block of queries uses it.
+template <class M, class Pack>
+const typename M::Element* pack_keys(const Problem& problem, const Heads& keys, Buffer<typename M::Element>& buffer, const Pack& pack) {
+  if (Operands<M>::in_place(keys.first)) return nullptr;
+  int64_t most_blocks = 0;
+  for (const Sequence& sequence : problem.sequences) most_blocks = std::max(most_blocks, ceil_div(sequence.seqlen_q, kBlockM));
+  if (most_blocks * problem.groups() <= 1) return nullptr;
+  const std::vector<int64_t> starts = count_blocks(problem.sequences, &Sequence::seqlen_k, kBlockN);
+  const int64_t size = KeyBlocks<M>::block_size(problem.head_dim);
+  typename M::Element* packed = buffer.at_least(starts.back() * problem.num_kv_heads * size);
+  for_each_task(starts.back() * problem.num_kv_heads, count_flops(problem), [&](int64_t task) {
+    const int64_t kv_head = task % problem.num_kv_heads, block = task / problem.num_kv_heads;
+    const int64_t index = sequence_of_block(starts, block);
+    const Sequence& sequence = problem.sequences[index];
+    const int64_t n = (block - starts[index]) * kBlockN;
+    // A sequence's blocks lie head after head.
+    const int64_t blocks = starts[index + 1] - starts[index];
+    typename M::Element* to = packed + ((starts[index] * problem.num_kv_heads) + kv_head * blocks + n / kBlockN) * size;
+    pack(keys.at(sequence.batch, kv_head, sequence.k_row + n), std::min(kBlockN, sequence.seqlen_k - n), problem.head_dim, to);
+  });
+  return packed;
+}
+
+template <class M>
 void forward_all(const Problem& problem, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const Heads& lse) {
-  const std::vector<int64_t> starts = count_blocks(problem.sequences, kBlockM);
-  const int64_t blocks = starts.back();
+  using E = typename M::Element;
+  thread_local Buffer<E> k_buffer, v_buffer;
+  const E* k_packed = pack_keys<M>(problem, k, k_buffer, &Operands<M>::pack_rows);
+  const E* v_packed = pack_keys<M>(problem, v, v_buffer, &Operands<M>::pack_columns);
+  const std::vector<int64_t> starts = count_blocks(problem.sequences, &Sequence::seqlen_q, kBlockM);
+  const std::vector<int64_t> key_starts = count_blocks(problem.sequences, &Sequence::seqlen_k, kBlockN);
+  const int64_t blocks = starts.back(), head_dim = problem.head_dim, size = KeyBlocks<M>::block_size(head_dim);
   for_each_task(blocks * problem.num_heads, count_flops(problem), [&](int64_t task) {
     // Head after head, so that its keys stay in the cache; the last block first, because under a causal mask it is the longest.
     const int64_t head = task / blocks, block = blocks - 1 - task % blocks;
-    const int64_t index = std::upper_bound(starts.begin(), starts.end(), block) - starts.begin() - 1;
+    const int64_t index = sequence_of_block(starts, block);
     const Sequence& sequence = problem.sequences[index];
     const int64_t row = (block - starts[index]) * kBlockM, b = sequence.batch, kv_head = head / problem.groups();
-    forward_block<A>(
-        problem, sequence, row, q.at(b, head, sequence.q_row + row), k.at(b, kv_head, sequence.k_row),
-        v.at(b, kv_head, sequence.k_row), out.at(b, head, sequence.q_row + row), lse.at(b, head, sequence.q_row + row));
+    const int64_t key_block = key_starts[index] * problem.num_kv_heads + kv_head * (key_starts[index + 1] - key_starts[index]);
+    const KeyBlocks<M> k_blocks{k.at(b, kv_head, sequence.k_row), sequence.seqlen_k, head_dim, k_packed ? k_packed + key_block * size : nullptr};
+    const KeyBlocks<M> v_blocks{v.at(b, kv_head, sequence.k_row), sequence.seqlen_k, head_dim, v_packed ? v_packed + key_block * size : nullptr};
+    forward_block<M>(problem, sequence, row, q.at(b, head, sequence.q_row + row), k_blocks, v_blocks,
+                     out.at(b, head, sequence.q_row + row), lse.at(b, head, sequence.q_row + row));
   });
+  k_buffer.release_if_large();
+  v_buffer.release_if_large();
 }
 
 // Backward
 
-template <class A>
+template <class M>
 struct BackwardBuffers {
-  Buffer<A> q_t, dout_t, q, dout, dq_t, lse, delta, k, v, s, dp, dk, dv;
+  Buffer<typename M::Element> q_t, dout_t, q, dout, k, k_t, v, p, ds, ds_right;
+  Buffer<typename M::Accumulator> dq_t, lse, delta, s, dp, dk, dv;
 };
 
 struct BackwardHeads {
@@ -501,138 +727,147 @@ struct BackwardHeads {
   bool has_dlse;
 };
 
-// s becomes p and dp becomes ds. [keys][kBlockM]. A hidden key has s = -inf, and so p = ds = 0.
-template <class A>
-void softmax_backward(A* s, A* dp, const A* lse, const A* delta, int64_t keys, int64_t columns, A factor, bool capped) {
-  for (int64_t n = 0; n < keys; ++n)
-    for (int64_t j = 0; j < columns; j += kWidth<A>) {
-      A* s_at = s + n * kBlockM + j;
-      A* dp_at = dp + n * kBlockM + j;
-      const Vec<A> score = load(s_at);
-      const Vec<A> p = exp2(score * factor - load(lse + j));
-      Vec<A> ds = p * (load(dp_at) - load(delta + j));
-      if (capped) ds = select<A>(p == A{0}, p, ds * (A{1} - score * score));  // d tanh(x) = 1 - tanh(x)^2
-      store(s_at, p);
-      store(dp_at, ds);
+// P^T = exp(S^T - lse) and dS^T = P^T * (dP^T - delta), s and dp [keys][kBlockM], keys even. p and ds are left operands,
+// ds_right is ds as a right one. A hidden key has s = -inf, and so p = ds = 0.
+template <class M>
+void softmax_backward(const typename M::Accumulator* s, const typename M::Accumulator* dp, const typename M::Accumulator* lse,
+                      const typename M::Accumulator* delta, int64_t keys, int64_t columns, typename M::Accumulator factor,
+                      bool capped, typename M::Element* p, typename M::Element* ds, typename M::Element* ds_right) {
+  using A = typename M::Accumulator;
+  for (int64_t j = 0; j < columns; j += kWidth<A>) {
+    const Vec<A> lse_j = load(lse + j), delta_j = load(delta + j);
+    for (int64_t n = 0; n < keys; n += 2) {
+      Vec<A> weight[2], gradient[2];
+      for (int i = 0; i < 2; ++i) {
+        const Vec<A> score = load(s + (n + i) * kBlockM + j);
+        weight[i] = exp2(score * factor - lse_j);
+        gradient[i] = weight[i] * (load(dp + (n + i) * kBlockM + j) - delta_j);
+        // d tanh(x) = 1 - tanh(x)^2
+        if (capped) gradient[i] = select<A>(weight[i] == A{0}, weight[i], gradient[i] * (A{1} - score * score));
+      }
+      Operands<M>::store_left(p, n, j, weight[0], weight[1]);
+      Operands<M>::store_left(ds, n, j, gradient[0], gradient[1]);
+      if constexpr (!Operands<M>::kOneLayout) Operands<M>::store_right(ds_right, n, j, gradient[0], gradient[1]);
     }
+  }
 }
 
-// What the backward pass needs of a chunk of queries, block after block: q_t, dout_t [head_dim][kBlockM], q, dout
-// [kBlockM][padded_dim], lse (in units of exp2) and delta [kBlockM].
+// delta = rowsum(dO * O) - dlse, and lse in units of exp2; 0 in lanes that hold no query or one that sees no key.
 template <class A>
-void read_chunk(const BackwardHeads& x, const Problem& problem, const Sequence& sequence, int64_t head, int64_t row_begin,
-                int64_t row_end, BackwardBuffers<A>& buffers) {
-  const int64_t head_dim = problem.head_dim, padded_dim = round_up(head_dim, kWidth<A>), b = sequence.batch;
-  const Scores<A> scores(problem.options);
-  for (int64_t row = row_begin; row < row_end; row += kBlockM) {
-    const int64_t block = (row - row_begin) / kBlockM, rows = std::min(kBlockM, row_end - row);
-    const int64_t first = sequence.q_row + row;
-    const Matrix q = x.q.at(b, head, first), dout = x.dout.at(b, head, first), out = x.out.at(b, head, first);
-    const Matrix lse = x.lse.at(b, head, first);
-    A* dout_rows = buffers.dout.at_least(0) + block * kBlockM * padded_dim;
-    read_transposed(q, rows, head_dim, scores.sign, buffers.q_t.at_least(0) + block * head_dim * kBlockM);
-    read_transposed(dout, rows, head_dim, A{1}, buffers.dout_t.at_least(0) + block * head_dim * kBlockM);
-    read_rows(q, rows, head_dim, buffers.q.at_least(0) + block * kBlockM * padded_dim, padded_dim, kBlockM);
-    read_rows(dout, rows, head_dim, dout_rows, padded_dim, kBlockM);
-
-    // delta = rowsum(dO * O) - dlse
-    A* lse_at = buffers.lse.at_least(0) + block * kBlockM;
-    A* delta_at = buffers.delta.at_least(0) + block * kBlockM;
-    std::fill_n(lse_at, kBlockM, A{0});
-    std::fill_n(delta_at, kBlockM, A{0});
-    for (int64_t i = 0; i < rows; ++i) {
-      const A lse_i = *lse.row<A>(i);
-      lse_at[i] = lse_i == -std::numeric_limits<A>::infinity() ? A{0} : lse_i * A(kLog2E);
-      if (x.has_dlse) delta_at[i] = -*x.dlse.at(b, head, first + i).template row<A>(0);
-    }
-    visit(out.dtype, [&](auto zero) {
-      using T = decltype(zero);
-      for (int64_t i = 0; i < rows; ++i) {
-        const T* out_row = out.row<T>(i);
-        A sum{0};
-        for (int64_t d = 0; d < head_dim; ++d)
-          sum += widen<A>(out_row[d * out.dim_stride]) * dout_rows[i * padded_dim + d];
-        delta_at[i] += sum;
-      }
-    });
+void read_row_statistics(const Matrix& dout, const Matrix& out, const Matrix& lse, const Matrix* dlse, int64_t rows,
+                         int64_t head_dim, A* lse_to, A* delta) {
+  alignas(64) A staged[2][kMaxHeadDim];
+  const int64_t padded = round_up(head_dim, kWidth<A>);
+  for (int64_t i = 0; i < kBlockM; ++i) {
+    lse_to[i] = delta[i] = A{0};
+    if (i >= rows) continue;
+    const A lse_i = *lse.row<A>(i);
+    if (lse_i != -std::numeric_limits<A>::infinity()) lse_to[i] = lse_i * A(kLog2E);
+    read_rows(dout.from(i), 1, head_dim, staged[0], padded, 1);
+    read_rows(out.from(i), 1, head_dim, staged[1], padded, 1);
+    Vec<A> sum{};
+    for (int64_t d = 0; d < padded; d += kWidth<A>) sum += load(staged[0] + d) * load(staged[1] + d);
+    delta[i] = sum_lanes<A>(sum) - (dlse ? *dlse->row<A>(i) : A{0});
   }
 }
 
 // dq of the queries [row_begin, row_end) of one head; what they add to dk and dv goes into dk, dv [seqlen_k][padded_dim].
-template <class A>
-void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequence& sequence, int64_t head,
-                    int64_t row_begin, int64_t row_end, BackwardBuffers<A>& buffers, A* dk, A* dv) {
-  const int64_t head_dim = problem.head_dim, padded_dim = round_up(head_dim, kWidth<A>), b = sequence.batch;
-  const int64_t kv_head = head / problem.groups();
-  const bool capped = problem.options.softcap > 0;
+template <class M>
+void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequence& sequence, int64_t head, int64_t row_begin,
+                    int64_t row_end, BackwardBuffers<M>& buffers, typename M::Accumulator* dk, typename M::Accumulator* dv) {
+  using A = typename M::Accumulator;
+  using E = typename M::Element;
+  const int64_t head_dim = problem.head_dim, padded_dim = Operands<M>::padded_dim(head_dim), b = sequence.batch;
+  const int64_t kv_head = head / problem.groups(), size = kBlockM * padded_dim;
   const Visible visible(problem.options, sequence);
   const Scores<A> scores(problem.options);
-  const Matrix k = x.k.at(b, kv_head, sequence.k_row), v = x.v.at(b, kv_head, sequence.k_row);
+  const KeyBlocks<M> k{x.k.at(b, kv_head, sequence.k_row), sequence.seqlen_k, head_dim};
+  const KeyBlocks<M> v{x.v.at(b, kv_head, sequence.k_row), sequence.seqlen_k, head_dim};
 
   const int64_t blocks = ceil_div(row_end - row_begin, kBlockM);
-  A* q_t = buffers.q_t.at_least(blocks * head_dim * kBlockM);
-  A* dout_t = buffers.dout_t.at_least(blocks * head_dim * kBlockM);
-  A* q = buffers.q.at_least(blocks * kBlockM * padded_dim);
-  A* dout = buffers.dout.at_least(blocks * kBlockM * padded_dim);
+  E* q_t = buffers.q_t.at_least(blocks * size);        // [blocks] right [head_dim][kBlockM]
+  E* dout_t = buffers.dout_t.at_least(blocks * size);  // likewise
+  E* q = buffers.q.at_least(blocks * size);            // [blocks] right [kBlockM][padded_dim]
+  E* dout = buffers.dout.at_least(blocks * size);      // likewise
+  A* dq_t = buffers.dq_t.at_least(blocks * size);      // [blocks][head_dim][kBlockM]
   A* lse = buffers.lse.at_least(blocks * kBlockM);
   A* delta = buffers.delta.at_least(blocks * kBlockM);
-  A* dq_t = buffers.dq_t.at_least(blocks * head_dim * kBlockM);
-  A* s = buffers.s.at_least(kBlockN * kBlockM);
-  A* dp = buffers.dp.at_least(kBlockN * kBlockM);
-  read_chunk(x, problem, sequence, head, row_begin, row_end, buffers);
-  std::fill_n(dq_t, blocks * head_dim * kBlockM, A{0});
+  A* s = buffers.s.at_least(kBlockN * kBlockM);    // S^T [kBlockN][kBlockM]
+  A* dp = buffers.dp.at_least(kBlockN * kBlockM);  // dP^T likewise
+  E *p, *ds, *ds_right;                            // P^T and dS^T
+  if constexpr (Operands<M>::kOneLayout) {
+    p = s;
+    ds = ds_right = dp;
+  } else {
+    p = buffers.p.at_least(kBlockN * kBlockM);
+    ds = buffers.ds.at_least(kBlockN * kBlockM);
+    ds_right = buffers.ds_right.at_least(kBlockN * kBlockM);
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = row_begin + block * kBlockM, rows = std::min(kBlockM, row_end - row), first = sequence.q_row + row;
+    const Matrix q_block = x.q.at(b, head, first), dout_block = x.dout.at(b, head, first);
+    const Matrix dlse_block = x.has_dlse ? x.dlse.at(b, head, first) : Matrix();
+    Operands<M>::right_columns(q_block, rows, head_dim, scores.negate, q_t + block * size);
+    Operands<M>::right_columns(dout_block, rows, head_dim, false, dout_t + block * size);
+    Operands<M>::right_rows(q_block, rows, head_dim, q + block * size);
+    Operands<M>::right_rows(dout_block, rows, head_dim, dout + block * size);
+    read_row_statistics(dout_block, x.out.at(b, head, first), x.lse.at(b, head, first), x.has_dlse ? &dlse_block : nullptr, rows,
+                        head_dim, lse + block * kBlockM, delta + block * kBlockM);
+  }
+  std::fill_n(dq_t, blocks * size, A{0});
 
-  const int64_t keys_begin = visible.key_begin(row_begin), keys_end = visible.key_end(row_end - 1);
+  const int64_t depth = round_up(head_dim, M::kDepthUnit);
+  const int64_t keys_begin = visible.key_begin(row_begin) / kBlockN * kBlockN, keys_end = visible.key_end(row_end - 1);
   for (int64_t n = keys_begin; n < keys_end; n += kBlockN) {
-    const int64_t keys = std::min(kBlockN, keys_end - n);
-    const Operand<A> k_block(k, n, keys, head_dim, buffers.k);
-    const Operand<A> v_block(v, n, keys, head_dim, buffers.v);
+    const int64_t keys = std::min(kBlockN, keys_end - n), key_rows = round_up(keys, M::kRowUnit);
+    const Left<E> k_rows = k.rows(n, buffers.k), k_columns = k.columns(n, buffers.k_t), v_rows = v.rows(n, buffers.v);
 
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t row = row_begin + block * kBlockM, rows = std::min(kBlockM, row_end - row);
-      const int64_t columns = round_up(rows, kWidth<A>);
+      const int64_t columns = round_up(rows, std::max<int64_t>(kWidth<A>, M::kDepthUnit));
       if (visible.key_end(row + rows - 1) <= n || visible.key_begin(row) >= n + keys) continue;
-      const A* q_t_block = q_t + block * head_dim * kBlockM;
-      const A* dout_t_block = dout_t + block * head_dim * kBlockM;
-      const A* q_block = q + block * kBlockM * padded_dim;
-      const A* dout_block = dout + block * kBlockM * padded_dim;
 
       // S^T = K Q^T
-      multiply<A>(keys, columns, head_dim, k_block.data, k_block.row_stride, k_block.dim_stride, q_t_block, kBlockM, s, kBlockM, true);
+      M::multiply(key_rows, columns, depth, k_rows, q_t + block * size, kBlockM, s, kBlockM, true);
 
       // Mask
-      if (capped) soft_cap(s, keys, columns, scores.before_cap);
-      if (needs_mask(visible, row, row + rows, n, n + keys)) mask(visible, row, rows, n, keys, columns, s);
+      if (scores.capped) soft_cap(s, keys, columns, scores.before_cap);
+      if (rows < columns || needs_mask(visible, row, row + rows, n, n + keys)) mask(visible, row, rows, n, keys, columns, s);
 
       // dP^T = V dO^T; P^T = exp(S^T - lse); dS^T = P^T * (dP^T - delta)
-      multiply<A>(keys, columns, head_dim, v_block.data, v_block.row_stride, v_block.dim_stride, dout_t_block, kBlockM, dp, kBlockM, true);
-      softmax_backward(s, dp, lse + block * kBlockM, delta + block * kBlockM, keys, columns, scores.factor, capped);
+      M::multiply(key_rows, columns, depth, v_rows, dout_t + block * size, kBlockM, dp, kBlockM, true);
+      const int64_t padded_keys = hide_padding<M>(s, keys);
+      std::fill(dp + keys * kBlockM, dp + padded_keys * kBlockM, A{0});
+      softmax_backward<M>(s, dp, lse + block * kBlockM, delta + block * kBlockM, padded_keys, columns, scores.factor, scores.capped,
+                          p, ds, ds_right);
 
-      // dV += P^T dO; dK += dS^T Q; dQ^T += K^T dS^T
-      multiply<A>(keys, padded_dim, rows, s, kBlockM, 1, dout_block, padded_dim, dv + n * padded_dim, padded_dim, false);
-      multiply<A>(keys, padded_dim, rows, dp, kBlockM, 1, q_block, padded_dim, dk + n * padded_dim, padded_dim, false);
-      multiply<A>(
-          head_dim, columns, keys, k_block.data, k_block.dim_stride, k_block.row_stride, dp, kBlockM,
-          dq_t + block * head_dim * kBlockM, kBlockM, false);
+      // dV += P^T dO
+      const int64_t row_depth = round_up(rows, M::kDepthUnit);
+      M::multiply(key_rows, padded_dim, row_depth, {p, kBlockM, 1}, dout + block * size, padded_dim, dv + n * padded_dim, padded_dim, false);
+
+      // dK += dS^T Q
+      M::multiply(key_rows, padded_dim, row_depth, {ds, kBlockM, 1}, q + block * size, padded_dim, dk + n * padded_dim, padded_dim, false);
+
+      // dQ^T += K^T dS^T
+      M::multiply(round_up(head_dim, M::kRowUnit), columns, round_up(keys, M::kDepthUnit), k_columns, ds_right, kBlockM, dq_t + block * size, kBlockM, false);
     }
   }
 
-  alignas(64) A factors[kBlockM];
-  std::fill_n(factors, kBlockM, static_cast<A>(problem.options.softmax_scale));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = row_begin + block * kBlockM;
-    write_transposed(x.dq.at(b, head, sequence.q_row + row), std::min(kBlockM, row_end - row), head_dim, factors,
-                     dq_t + block * head_dim * kBlockM);
+    write_transposed(x.dq.at(b, head, sequence.q_row + row), std::min(kBlockM, row_end - row), head_dim,
+                     static_cast<A>(problem.options.softmax_scale), dq_t + block * size);
   }
 }
 
 // One task is one key head, with all query heads that share it; dk and dv add up in memory of its own. Where there are
 // few key heads, the chunks of queries are dealt out to several tasks ("shares"), whose dk and dv are added at the end,
 // always in the same order. How many shares there are depends on the shapes alone.
-template <class A>
+template <class M>
 void backward_all(const Problem& problem, const BackwardHeads& x) {
+  using A = typename M::Accumulator;
   const int64_t num_sequences = static_cast<int64_t>(problem.sequences.size()), num_kv_heads = problem.num_kv_heads;
-  const int64_t head_dim = problem.head_dim, padded_dim = round_up(head_dim, kWidth<A>), groups = problem.groups();
+  const int64_t head_dim = problem.head_dim, padded_dim = Operands<M>::padded_dim(head_dim), groups = problem.groups();
   int64_t longest_q = 0, longest_k = 0;
   for (const Sequence& sequence : problem.sequences) {
     longest_q = std::max(longest_q, sequence.seqlen_q);
@@ -642,8 +877,8 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
   if (heads == 0) return;
   const int64_t units = groups * ceil_div(longest_q, kChunk);
   const int64_t shares = std::clamp<int64_t>(ceil_div(kBackwardTasks, heads), 1, std::max<int64_t>(units, 1));
-  const int64_t gradient = longest_k * padded_dim;  // elements of one dk
-  Buffer<A> partials;                               // [heads][shares][dk, dv][seqlen_k][padded_dim]
+  const int64_t gradient = round_up(longest_k, kBlockN) * padded_dim;  // elements of one dk
+  Buffer<A> partials;                               // [heads][shares][dk, dv][padded seqlen_k][padded_dim]
   if (shares > 1) partials.at_least(heads * shares * 2 * gradient);
 
   const auto write = [&](int64_t index, int64_t kv_head, const A* dk, const A* dv) {
@@ -654,19 +889,22 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
   };
 
   for_each_task(heads * shares, 2.5 * count_flops(problem), [&](int64_t task) {
-    thread_local BackwardBuffers<A> buffers;
+    thread_local BackwardBuffers<M> buffers;
+    [[maybe_unused]] const typename M::Session session;
     const int64_t share = task % shares, index = task / shares / num_kv_heads, kv_head = task / shares % num_kv_heads;
     const Sequence& sequence = problem.sequences[index];
     A* dk = shares > 1 ? partials.at_least(0) + task * 2 * gradient : buffers.dk.at_least(gradient);
     A* dv = shares > 1 ? dk + gradient : buffers.dv.at_least(gradient);
-    std::fill_n(dk, sequence.seqlen_k * padded_dim, A{0});
-    std::fill_n(dv, sequence.seqlen_k * padded_dim, A{0});
+    std::fill_n(dk, gradient, A{0});
+    std::fill_n(dv, gradient, A{0});
     const int64_t chunks = ceil_div(sequence.seqlen_q, kChunk);
     for (int64_t unit = share; unit < groups * chunks; unit += shares) {
       const int64_t head = kv_head * groups + unit / chunks, row = unit % chunks * kChunk;
-      backward_chunk(x, problem, sequence, head, row, std::min(row + kChunk, sequence.seqlen_q), buffers, dk, dv);
+      backward_chunk<M>(x, problem, sequence, head, row, std::min(row + kChunk, sequence.seqlen_q), buffers, dk, dv);
     }
     if (shares == 1) write(index, kv_head, dk, dv);
+    buffers.dk.release_if_large();
+    buffers.dv.release_if_large();
   });
   if (shares == 1) return;
 
@@ -758,8 +996,8 @@ void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_h
         for (int64_t d = 0; d < padded_dim; d += W) sum += load(q_rows + r * padded_dim + d) * load(k_rows + i * k_stride + d);
         A score{0};
         for (int lane = 0; lane < W; ++lane) score += sum[lane];
-        s_row[i] = scores.sign * score;
-        if (problem.options.softcap > 0) s_row[i] = std::tanh(s_row[i] * scores.before_cap);
+        s_row[i] = scores.negate ? -score : score;
+        if (scores.capped) s_row[i] = std::tanh(s_row[i] * scores.before_cap);
       }
 
       // Online softmax; rescale
@@ -768,7 +1006,7 @@ void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_h
     }
 
     // O += P V
-    multiply<A>(rows, padded_dim, keys, s, kBlockN, 1, v_rows, v_stride, acc, padded_dim, false);
+    Plain<A>::multiply(rows, padded_dim, keys, {s, kBlockN, 1}, v_rows, v_stride, acc, padded_dim, false);
   }
 }
 
@@ -826,12 +1064,14 @@ void decode_all(const Problem& problem, const Heads& q, const Heads& k, const He
 
 // The ops, as op.py declares them
 
+// Calls f with the arithmetic for a dtype.
 template <class F>
-void in_compute_type(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Double)
-    f(double{});
-  else
-    f(float{});
+void with_arithmetic(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Double) return f(Plain<double>{});
+#if defined(TOY_LM_BF16_PAIRS)
+  if (dtype == ScalarType::BFloat16 && Bf16Pairs::worthwhile()) return f(Bf16Pairs{});
+#endif
+  f(Plain<float>{});
 }
 
 Problem dense_problem(const Tensor& q, const Tensor& k, const Options& options) {
@@ -872,8 +1112,8 @@ std::tuple<Tensor, Tensor> run_forward(const Problem& problem, const Tensor& q, 
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = packed ? torch::stable::new_empty(q, {q.size(1), q.size(0)}, lse_dtype)
                       : torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, lse_dtype);
-  in_compute_type(dtype, [&](auto zero) {
-    forward_all<decltype(zero)>(problem, Heads(q, packed, true), Heads(k, packed, true), Heads(v, packed, true),
+  with_arithmetic(dtype, [&](auto arithmetic) {
+    forward_all<decltype(arithmetic)>(problem, Heads(q, packed, true), Heads(k, packed, true), Heads(v, packed, true),
                                 Heads(out, packed, true), Heads(lse, packed, false));
   });
   return {out, lse};
@@ -886,7 +1126,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Problem& problem, const Te
   BackwardHeads x{Heads(dout, packed, true), dlse ? Heads(*dlse, packed, false) : Heads(), Heads(q, packed, true),
                   Heads(k, packed, true), Heads(v, packed, true), Heads(out, packed, true), Heads(lse, packed, false),
                   Heads(dq, packed, true), Heads(dk, packed, true), Heads(dv, packed, true), dlse.has_value()};
-  in_compute_type(q.scalar_type(), [&](auto zero) { backward_all<decltype(zero)>(problem, x); });
+  with_arithmetic(q.scalar_type(), [&](auto arithmetic) { backward_all<decltype(arithmetic)>(problem, x); });
   return {dq, dk, dv};
 }
 
@@ -929,10 +1169,11 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_s
   if (q.numel() == 0) return torch::stable::empty_like(q);
   if (problem.groups() * q.size(2) > kDecodeRows) return std::get<0>(run_forward(problem, q, k_cache, v_cache, false));
   Tensor out = torch::stable::empty_like(q);
-  in_compute_type(q.scalar_type(), [&](auto zero) {
-    decode_all<decltype(zero)>(problem, Heads(q, false, true), Heads(k_cache, false, true), Heads(v_cache, false, true),
-                               Heads(out, false, true));
-  });
+  const Heads q_heads(q, false, true), k_heads(k_cache, false, true), v_heads(v_cache, false, true), out_heads(out, false, true);
+  if (q.scalar_type() == ScalarType::Double)
+    decode_all<double>(problem, q_heads, k_heads, v_heads, out_heads);
+  else
+    decode_all<float>(problem, q_heads, k_heads, v_heads, out_heads);
   return out;
 }
 

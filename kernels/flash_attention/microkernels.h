@@ -1,7 +1,13 @@
-// Register-blocked products and vector functions of the CPU attention kernels.
+// Register-blocked matrix products, transposes and vector functions of the CPU attention kernels.
 //
-// One source serves every instruction set through the compiler's vector extension: a Vec<float> is 16 floats with
+// One source serves every instruction set through the compilers' vector extension: a Vec<float> is 16 floats with
 // AVX-512, 8 with AVX2, 4 with NEON and SSE. TOY_LM_PLAIN keeps to what every machine of the architecture has.
+//
+// A product is C [rows][columns] = A B with A the "left" and B the "right" operand. A's elements are broadcast, B's
+// lie side by side in vectors. How operands lie in memory is the business of an arithmetic:
+//
+//   Plain<float>, Plain<double>   left: any strides           right: [depth][columns]          fused multiply-add
+//   Bf16Pairs                     left: [rows][depth] bf16    right: [depth / 2][columns][2]   AMX tiles, or AVX512_BF16
 //
 // Knows vectors and small matrices; knows nothing of attention, tensors or threads.
 #pragma once
@@ -10,27 +16,34 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+
+#if !defined(TOY_LM_PLAIN) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define TOY_LM_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 namespace {
 
+// Vectors
+
 #if defined(TOY_LM_PLAIN)
-constexpr int kVectorBytes = 16;
-constexpr int kRegisters = 16;
+constexpr int kVectorBytes = 16, kRegisters = 16;
 #elif defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kRegisters = 32;
+constexpr int kVectorBytes = 64, kRegisters = 32;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kRegisters = 16;
+constexpr int kVectorBytes = 32, kRegisters = 16;
 #elif defined(__aarch64__)
-constexpr int kVectorBytes = 16;
-constexpr int kRegisters = 32;
+constexpr int kVectorBytes = 16, kRegisters = 32;
 #else
-constexpr int kVectorBytes = 16;
-constexpr int kRegisters = 16;
+constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
 
-template <class A>
+template <class E>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
@@ -42,41 +55,62 @@ struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
   typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
 };
-template <class A>
-using Vec = typename VectorOf<A>::type;
-template <class A>
-using Bits = typename VectorOf<A>::bits;
+template <>
+struct VectorOf<uint32_t> {
+  typedef uint32_t type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <class E>
+using Vec = typename VectorOf<E>::type;
+template <class E>
+using Bits = typename VectorOf<E>::bits;
 
-template <class A>
-constexpr int kWidth = kVectorBytes / sizeof(A);  // elements in a vector
+template <class E>
+constexpr int kWidth = kVectorBytes / sizeof(E);  // elements in a vector
 
-template <class A>
-inline Vec<A> load(const A* p) {  // any alignment
-  Vec<A> x;
+template <class E>
+inline Vec<E> load(const E* p) {  // any alignment
+  Vec<E> x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
 
-template <class A>
-inline void store(A* p, Vec<A> x) {
+template <class E>
+inline void store(E* p, Vec<E> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-template <class A>
-inline Vec<A> broadcast(A x) {
-  return x - Vec<A>{};
+template <class E>
+inline Vec<E> broadcast(E x) {
+  return x - Vec<E>{};
 }
 
-template <class A>
-inline Vec<A> select(Bits<A> condition, Vec<A> yes, Vec<A> no) {
+template <class E>
+inline Vec<E> select(Bits<E> condition, Vec<E> yes, Vec<E> no) {
   return condition ? yes : no;
 }
 
 // The greater of two, and NaN where the second is NaN.
-template <class A>
-inline Vec<A> max(Vec<A> x, Vec<A> y) {
+template <class E>
+inline Vec<E> max(Vec<E> x, Vec<E> y) {
   return x > y ? x : y;
 }
+
+template <class E>
+inline bool any(Bits<E> condition) {
+  typename std::remove_reference<decltype(condition[0])>::type sum = 0;
+  for (int i = 0; i < kWidth<E>; ++i) sum |= condition[i];
+  return sum != 0;
+}
+
+template <class E>
+inline E sum_lanes(Vec<E> x) {
+  E sum{0};
+  for (int i = 0; i < kWidth<E>; ++i) sum += x[i];
+  return sum;
+}
+
+// Functions
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
@@ -130,61 +164,284 @@ inline Vec<double> tanh(Vec<double> x) {
   return y;
 }
 
-// c[i][j] = alpha[j] c[i][j] + sum over l of a(i, l) b[l][j], for kRows rows and kVectors vectors of columns.
-// a(i, l) = a[i * a_row + l * a_depth]: any strides. b and c have rows of whole vectors.
-// alpha nullptr: c = a b alone if `fresh`, c += a b otherwise.
-template <class A, int kRows, int kVectors>
-inline void multiply_tile(
-    int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b, int64_t b_row, A* c, int64_t c_row,
-    bool fresh, const A* alpha) {
-  constexpr int W = kWidth<A>;
-  Vec<A> acc[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVectors; ++j) {
-      acc[i][j] = fresh ? Vec<A>{} : load(c + i * c_row + j * W);
-      if (alpha) acc[i][j] *= load(alpha + j * W);
+// Natural logarithm of a positive normal number m 2^e: 2 artanh(t) + e log 2 with t = (m - 1) / (m + 1) and m from
+// sqrt(1/2) to sqrt(2), where the series to t^9 has a relative error of 2^-28. Infinity and NaN stay what they are.
+inline Vec<float> log(Vec<float> x) {
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  const Bits<float> exponent = ((Bits<float>)x - kSqrtHalf) >> 23;
+  const Vec<float> m = (Vec<float>)((Bits<float>)x - (exponent << 23));
+  const Vec<float> t = (m - 1.0f) / (m + 1.0f), u = t * t;
+  Vec<float> y = broadcast(2.0f / 9.0f);
+  y = y * u + 2.0f / 7.0f;
+  y = y * u + 2.0f / 5.0f;
+  y = y * u + 2.0f / 3.0f;
+  y = y * u + 2.0f;
+  y = __builtin_convertvector(exponent, Vec<float>) * static_cast<float>(kLn2) + y * t;
+  return select<float>(x < std::numeric_limits<float>::infinity(), y, x);
+}
+
+inline Vec<double> log(Vec<double> x) {
+  Vec<double> y{};
+  for (int i = 0; i < kWidth<double>; ++i) y[i] = std::log(x[i]);
+  return y;
+}
+
+// Transposes
+
+// One round of a butterfly: exchanges the off-diagonal kStep x kStep squares of each 2 kStep x 2 kStep square.
+template <class E, int kStep>
+inline void exchange_squares(Vec<E>* rows) {
+  constexpr int W = kWidth<E>;
+  if constexpr (kStep < W) {
+    Bits<E> upper{}, lower{};
+    for (int i = 0; i < W; ++i) {
+      upper[i] = (i & kStep) ? W + (i ^ kStep) : i;
+      lower[i] = (i & kStep) ? W + i : (i ^ kStep);
     }
-  for (int64_t l = 0; l < depth; ++l) {
-    Vec<A> b_l[kVectors];
-    for (int j = 0; j < kVectors; ++j) b_l[j] = load(b + l * b_row + j * W);
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<A> a_il = broadcast(a[i * a_row + l * a_depth]);
-      for (int j = 0; j < kVectors; ++j) acc[i][j] += a_il * b_l[j];
+    for (int i = 0; i < W; ++i) {
+      if (i & kStep) continue;
+      const Vec<E> x = rows[i], y = rows[i | kStep];
+#if defined(__clang__)
+      for (int lane = 0; lane < W; ++lane) {
+        rows[i][lane] = upper[lane] < W ? x[upper[lane]] : y[upper[lane] - W];
+        rows[i | kStep][lane] = lower[lane] < W ? x[lower[lane]] : y[lower[lane] - W];
+      }
+#else
+      rows[i] = __builtin_shuffle(x, y, upper);
+      rows[i | kStep] = __builtin_shuffle(x, y, lower);
+#endif
     }
+    exchange_squares<E, kStep * 2>(rows);
   }
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVectors; ++j) store(c + i * c_row + j * W, acc[i][j]);
 }
 
-// The same for any number of rows, kVectors vectors of columns.
-template <class A, int kVectors>
-inline void multiply_panel(
-    int64_t rows, int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b, int64_t b_row, A* c,
-    int64_t c_row, bool fresh, const A* alpha) {
-  constexpr int kRows = kVectors == 1 ? 8 : 4;
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows)
-    multiply_tile<A, kRows, kVectors>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, fresh, alpha);
-  for (; i < rows; ++i)
-    multiply_tile<A, 1, kVectors>(depth, a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, fresh, alpha);
+// to[c][r] = from[r][c] for r < rows, c < columns. In each row of `to`, up to the next whole vector, zeros follow.
+template <class E>
+void transpose(const E* from, int64_t from_row, int64_t rows, int64_t columns, E* to, int64_t to_row) {
+  constexpr int W = kWidth<E>;
+  Vec<E> tile[W];
+  for (int64_t r = 0; r < rows; r += W)
+    for (int64_t c = 0; c < columns; c += W) {
+      if (r + W <= rows && c + W <= columns) {
+        for (int i = 0; i < W; ++i) tile[i] = load(from + (r + i) * from_row + c);
+      } else {
+        const int64_t in_row = columns - c < W ? columns - c : W;
+        for (int i = 0; i < W; ++i) {
+          tile[i] = Vec<E>{};
+          if (r + i < rows) std::memcpy(&tile[i], from + (r + i) * from_row + c, in_row * sizeof(E));
+        }
+      }
+      exchange_squares<E, 1>(tile);
+      for (int i = 0; i < W && c + i < columns; ++i) store(to + (c + i) * to_row + r, tile[i]);
+    }
 }
 
-// c [rows][columns] = alpha c + a [rows][depth] b [depth][columns]; columns is a multiple of the vector width.
+// Products in fp32 or fp64
+
+template <class E>
+struct Left {
+  const E* data;
+  int64_t row_stride, depth_stride;
+};
+
 template <class A>
-void multiply(
-    int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b,
-    int64_t b_row, A* c, int64_t c_row, bool fresh, const A* alpha = nullptr) {
-  constexpr int W = kWidth<A>;
-  constexpr int kVectors = kRegisters == 32 ? 4 : 2;
-  int64_t j = 0;
-  for (; j + kVectors * W <= columns; j += kVectors * W)
-    multiply_panel<A, kVectors>(rows, depth, a, a_row, a_depth, b + j, b_row, c + j, c_row, fresh, alpha ? alpha + j : alpha);
-  if (kVectors > 2 && j + 2 * W <= columns) {
-    multiply_panel<A, 2>(rows, depth, a, a_row, a_depth, b + j, b_row, c + j, c_row, fresh, alpha ? alpha + j : alpha);
-    j += 2 * W;
+struct Plain {
+  using Element = A;
+  using Accumulator = A;
+  static constexpr int64_t kDepthUnit = 1;  // depths and left rows are padded to multiples of these
+  static constexpr int64_t kRowUnit = 1;
+  struct Session {};
+
+  // c += a b, or c = a b if `fresh`, for kRows rows and kVectors vectors of columns.
+  template <int kRows, int kVectors>
+  static inline void tile(int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* c, int64_t c_row, bool fresh) {
+    constexpr int W = kWidth<A>;
+    Vec<A> acc[kRows][kVectors];
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = fresh ? Vec<A>{} : load(c + i * c_row + j * W);
+    for (int64_t l = 0; l < depth; ++l) {
+      Vec<A> b_l[kVectors];
+      for (int j = 0; j < kVectors; ++j) b_l[j] = load(b + l * b_row + j * W);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<A> a_il = broadcast(a.data[i * a.row_stride + l * a.depth_stride]);
+        for (int j = 0; j < kVectors; ++j) acc[i][j] += a_il * b_l[j];
+      }
+    }
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVectors; ++j) store(c + i * c_row + j * W, acc[i][j]);
   }
-  for (; j < columns; j += W)
-    multiply_panel<A, 1>(rows, depth, a, a_row, a_depth, b + j, b_row, c + j, c_row, fresh, alpha ? alpha + j : alpha);
+
+  template <int kVectors>
+  static void panel(int64_t rows, int64_t depth, Left<A> a, const A* b, int64_t b_row, A* c, int64_t c_row, bool fresh) {
+    constexpr int kRows = kVectors == 1 ? 8 : 4;  // enough sums in flight to hide the latency of an addition
+    for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row_stride, c += kRows * c_row)
+      tile<kRows, kVectors>(depth, a, b, b_row, c, c_row, fresh);
+    for (; rows > 0; --rows, a.data += a.row_stride, c += c_row) tile<1, kVectors>(depth, a, b, b_row, c, c_row, fresh);
+  }
+
+  // c [rows][columns] (+)= a [rows][depth] b [depth][columns]; columns is a multiple of the vector width.
+  static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* c,
+                       int64_t c_row, bool fresh) {
+    constexpr int W = kWidth<A>, kVectors = kRegisters == 32 ? 4 : 2;
+    int64_t j = 0;
+    for (; j + kVectors * W <= columns; j += kVectors * W) panel<kVectors>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
+    if (kVectors > 2 && j + 2 * W <= columns) {
+      panel<2>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
+      j += 2 * W;
+    }
+    for (; j < columns; j += W) panel<1>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
+  }
+};
+
+// Products of bf16 pairs, added up in fp32
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+#if !defined(TOY_LM_PLAIN) && defined(__AVX512BF16__)
+#define TOY_LM_BF16_PAIRS 1
+
+#if defined(TOY_LM_AMX)
+// Linux hands out the tile registers on request, once per process.
+inline bool tiles_granted() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+#endif
+
+struct Bf16Pairs {
+  using Element = BFloat16;
+  using Accumulator = float;
+  static constexpr int64_t kDepthUnit = 32;
+  static constexpr int64_t kRowUnit = 16;
+
+  // Does this machine multiply pairs faster than floats? With AMX it does, and on AMD's cores; on Intel's, AVX512_BF16
+  // alone is slower than fused multiply-add.
+  static bool worthwhile() {
+#if defined(TOY_LM_FORCE_BF16_PAIRS)
+    return true;
+#else
+#if defined(TOY_LM_AMX)
+    if (tiles_granted()) return true;
+#endif
+    return __builtin_cpu_is("amd");
+#endif
+  }
+
+#if defined(TOY_LM_AMX)
+  // While one lives, the thread's eight tile registers are 16 rows of 64 bytes each.
+  struct Session {
+    Session() {
+      struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } config;
+      if (tiles_granted()) _tile_loadconfig(&config);
+    }
+    ~Session() {
+      if (tiles_granted()) _tile_release();
+    }
+  };
+
+  // c [16 kRows][16 kColumns] (+)= a b. Tiles 0 to 3 hold c, 4 and 5 hold a, 6 and 7 hold b.
+  template <int kRows, int kColumns>
+  static inline void tile(int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool fresh) {
+    const int64_t a_bytes = a.row_stride * 2, b_bytes = b_row * 4, c_bytes = c_row * 4;
+    const BFloat16* a_1 = a.data + 16 * a.row_stride;
+    const BFloat16* b_1 = b + 32;
+    float* c_1 = c + 16 * c_row;
+    if (fresh) {
+      _tile_zero(0);
+      if constexpr (kColumns == 2) _tile_zero(1);
+      if constexpr (kRows == 2) _tile_zero(2);
+      if constexpr (kRows == 2 && kColumns == 2) _tile_zero(3);
+    } else {
+      _tile_loadd(0, c, c_bytes);
+      if constexpr (kColumns == 2) _tile_loadd(1, c + 16, c_bytes);
+      if constexpr (kRows == 2) _tile_loadd(2, c_1, c_bytes);
+      if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, c_1 + 16, c_bytes);
+    }
+    for (int64_t l = 0; l < depth; l += 32) {
+      _tile_loadd(4, a.data + l, a_bytes);
+      _tile_loadd(6, b + l * b_row, b_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kColumns == 2) {
+        _tile_loadd(7, b_1 + l * b_row, b_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (kRows == 2) {
+        _tile_loadd(5, a_1 + l, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      if constexpr (kRows == 2 && kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, c_bytes);
+    if constexpr (kColumns == 2) _tile_stored(1, c + 16, c_bytes);
+    if constexpr (kRows == 2) _tile_stored(2, c_1, c_bytes);
+    if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, c_1 + 16, c_bytes);
+  }
+
+  template <int kColumns>
+  static void panel(int64_t rows, int64_t depth, Left<BFloat16> a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool fresh) {
+    for (; rows >= 32; rows -= 32, a.data += 32 * a.row_stride, c += 32 * c_row)
+      tile<2, kColumns>(depth, a, b, b_row, c, c_row, fresh);
+    if (rows > 0) tile<1, kColumns>(depth, a, b, b_row, c, c_row, fresh);
+  }
+
+  static void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<BFloat16>& a, const BFloat16* b,
+                             int64_t b_row, float* c, int64_t c_row, bool fresh) {
+    asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
+    int64_t j = 0;
+    for (; j + 32 <= columns; j += 32) panel<2>(rows, depth, a, b + 2 * j, b_row, c + j, c_row, fresh);
+    if (j < columns) panel<1>(rows, depth, a, b + 2 * j, b_row, c + j, c_row, fresh);
+    asm volatile("" ::: "memory");
+  }
+#else
+  struct Session {};
+#endif
+
+  template <int kRows, int kVectors>
+  static inline void dot_tile(int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool fresh) {
+    __m512 acc[kRows][kVectors];
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * c_row + j * 16);
+    for (int64_t l = 0; l < depth; l += 2) {
+      __m512bh b_l[kVectors];
+      for (int j = 0; j < kVectors; ++j) b_l[j] = (__m512bh)_mm512_loadu_si512(b + l * b_row + j * 32);
+      for (int i = 0; i < kRows; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, a.data + i * a.row_stride + l, sizeof pair);
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], (__m512bh)_mm512_set1_epi32(pair), b_l[j]);
+      }
+    }
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVectors; ++j) _mm512_storeu_ps(c + i * c_row + j * 16, acc[i][j]);
+  }
+
+  // c [rows][columns] (+)= a [rows][depth] b [depth / 2][columns][2]; rows and columns are multiples of 16, depth of 32.
+  static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row,
+                       float* c, int64_t c_row, bool fresh) {
+#if defined(TOY_LM_AMX)
+    if (tiles_granted()) return multiply_tiles(rows, columns, depth, a, b, b_row, c, c_row, fresh);
+#endif
+    int64_t j = 0;
+    for (; j + 64 <= columns; j += 64)
+      for (int64_t i = 0; i < rows; i += 4)
+        dot_tile<4, 4>(depth, {a.data + i * a.row_stride, a.row_stride, 1}, b + 2 * j, b_row, c + i * c_row + j, c_row, fresh);
+    for (; j < columns; j += 16)
+      for (int64_t i = 0; i < rows; i += 8)
+        dot_tile<8, 1>(depth, {a.data + i * a.row_stride, a.row_stride, 1}, b + 2 * j, b_row, c + i * c_row + j, c_row, fresh);
+  }
+};
+#endif
+
+// Two fp32 vectors as bf16 pairs: x in the lower halves, y in the upper ones. Rounds to nearest, ties away from 0.
+inline Vec<uint32_t> to_pairs(Vec<float> x, Vec<float> y) {
+  const Vec<uint32_t> low = (Vec<uint32_t>)x + 0x8000u, high = (Vec<uint32_t>)y + 0x8000u;
+  return (low >> 16) | (high & 0xffff0000u);
 }
 
 }  // namespace
