@@ -43,7 +43,10 @@ class TrainConfig:
     warmup_steps: int
     tokenizer: str  # "bpe" or "bytes"
     vocab_size: int  # what BPE may grow to; bytes use 256
+    optimizer: str = "adamw"  # or "muon": Muon for the matrices of the layers, AdamW for the rest
+    grad_accumulation: int = 1  # parts of a batch that go through the model one after another
     weight_decay: float = 0.1
+    momentum: float = 0.95  # Muon's
     beta1: float = 0.9
     beta2: float = 0.99
     grad_clip: float = 1.0
@@ -55,11 +58,25 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "seqlen", "num_steps", "eval_every", "eval_batches", "checkpoint_every"):
+        for field in (
+            "batch_size",
+            "seqlen",
+            "num_steps",
+            "eval_every",
+            "eval_batches",
+            "checkpoint_every",
+            "grad_accumulation",
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: got {getattr(self, field)}, needs 1 or more")
         if not 0 <= self.eval_context < self.seqlen:
             raise ValueError(f"eval_context: got {self.eval_context}, needs 0 to seqlen - 1 = {self.seqlen - 1}")
+        if self.batch_size % self.grad_accumulation:
+            raise ValueError(
+                f"grad_accumulation: got {self.grad_accumulation}, needs a divisor of batch_size = {self.batch_size}"
+            )
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer: got {self.optimizer!r}, allowed are 'adamw' and 'muon'")
         if self.tokenizer not in ("bpe", "bytes"):
             raise ValueError(f"tokenizer: got {self.tokenizer!r}, allowed are 'bpe' and 'bytes'")
 

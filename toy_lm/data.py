@@ -150,9 +150,12 @@ class Windows:
 
     def at(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets (len(starts), seqlen) int64; a target is the token after its input."""
-        positions = starts[:, None] + np.arange(self.seqlen + 1)
-        windows = torch.from_numpy(self.token_ids[positions].astype(np.int64)).to(self.device)
+        windows = torch.from_numpy(self.cut(starts)).to(self.device).long()
         return windows[:, :-1], windows[:, 1:]
+
+    def cut(self, starts: np.ndarray) -> np.ndarray:
+        """The tokens from each start on, (len(starts), seqlen + 1) int32."""
+        return self.token_ids[starts[:, None] + np.arange(self.seqlen + 1)].astype(np.int32)
 
     def random_starts(self, batch_size: int, seed: int, step: int) -> np.ndarray:
         """(batch_size,) positions that depend on seed and step alone, on every machine and numpy release."""

@@ -15,6 +15,8 @@ Knows the model, the data and the run folder; knows nothing of kernels beyond bi
 
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import math
 import pathlib
 import signal
@@ -25,15 +27,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import kernels
 from toy_lm import checkpoint, data, report
 from toy_lm.config import ModelConfig, Preset, TrainConfig
-from toy_lm.device import autocast_dtype, pick_device
+from toy_lm.device import pick_device
 from toy_lm.model import Transformer
+from toy_lm.optimizer import Optimizer
+from toy_lm.step import TrainStep
 from toy_lm.tokenizer import Tokenizer
 
 _READ_SECONDS = 0.5  # how often the losses are read from the device
@@ -68,6 +71,7 @@ def train(
     seed: int | None = None,
     steps: int | None = None,
     stop_after: int | None = None,
+    compile: bool | None = None,
     log: Callable[[str], None] = tqdm.write,
 ) -> TrainResult:
     """Train on `corpus` (see `data.open_corpus`) and leave a run folder at `out`.
@@ -77,6 +81,7 @@ def train(
     resume      continue the run in `out` as if it had never stopped; its own preset, seed and steps then hold
     seed        of the weights and the batches; None takes the preset's
     steps       how many steps in all; None takes the preset's
+    compile     fuse the small ops with torch.compile; None does so on CUDA where there is Triton
     stop_after  stop, with a checkpoint, once so many steps are done; None goes on to the end
 
     Raises ValueError for bad input, OSError if `out` cannot be written, FloatingPointError if the loss is no
@@ -84,16 +89,18 @@ def train(
     """
     out = pathlib.Path(out)
     where = pick_device(device)
+    if compile is None:
+        compile = where.type == "cuda" and importlib.util.find_spec("triton") is not None
     text = data.open_corpus(corpus)
     if resume:
-        trainer = _resumed(text, out, attention, where)
+        trainer = _resumed(text, out, attention, where, compile)
     else:
         config = dataclasses.replace(
             preset.train,
             seed=preset.train.seed if seed is None else seed,
             num_steps=preset.train.num_steps if steps is None else steps,
         )
-        trainer = _begun(text, dataclasses.replace(preset, train=config), out, attention, where)
+        trainer = _begun(text, dataclasses.replace(preset, train=config), out, attention, where, compile)
     log(kernels.load(where).line)
     log(trainer.describe())
     last_step = trainer.config.num_steps
@@ -113,7 +120,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
 
 
-def _begun(text: data.Corpus, preset: Preset, out: pathlib.Path, attention: str, device: torch.device) -> "Trainer":
+def _begun(
+    text: data.Corpus, preset: Preset, out: pathlib.Path, attention: str, device: torch.device, compile: bool
+) -> "Trainer":
     """A new run: learn the tokenizer, make the folder, initialise the weights."""
     if checkpoint.exists(out):
         raise ValueError(f"out: {str(out)!r} already holds a run; resume it, or name another folder")
@@ -131,10 +140,10 @@ def _begun(text: data.Corpus, preset: Preset, out: pathlib.Path, attention: str,
     torch.manual_seed(preset.train.seed)
     model = Transformer(preset.model, attention)
     checkpoint.begin(out, preset.model, tokenizer)
-    return Trainer(text, tokenizer, preset, model, out, attention, device)
+    return Trainer(text, tokenizer, preset, model, out, attention, device, compile)
 
 
-def _resumed(text: data.Corpus, out: pathlib.Path, attention: str, device: torch.device) -> "Trainer":
+def _resumed(text: data.Corpus, out: pathlib.Path, attention: str, device: torch.device, compile: bool) -> "Trainer":
     """The run in `out`, as its last checkpoint left it."""
     saved = checkpoint.load(out)
     state, info = checkpoint.load_training_state(saved)
@@ -145,7 +154,7 @@ def _resumed(text: data.Corpus, out: pathlib.Path, attention: str, device: torch
         )
     preset = Preset(model=ModelConfig(**info["preset"]["model"]), train=TrainConfig(**info["preset"]["train"]))
     model = saved.model(attention=attention)
-    trainer = Trainer(text, saved.tokenizer, preset, model, out, attention, device)
+    trainer = Trainer(text, saved.tokenizer, preset, model, out, attention, device, compile)
     trainer.restore(saved.step, state, info)
     return trainer
 
@@ -162,24 +171,27 @@ class Trainer:
         out: pathlib.Path,
         attention: str,
         device: torch.device,
+        compile: bool,
     ) -> None:
         self.text, self.preset, self.config, self.out = text, preset, preset.train, out
         self.attention, self.device = attention, device
         self.model = model.to(device).train()
-        self.optimizer = _optimizer(self.model, self.config)
-        self.autocast = autocast_dtype(device)
 
         token_ids = data.tokenize(text, tokenizer, out)
         train_ids, validation_ids = data.split(token_ids, self.config.validation_fraction, self.config.seqlen)
         self.train_windows = data.Windows(train_ids, self.config.seqlen, device)
         self.validation_windows = data.Windows(validation_ids, self.config.seqlen, device)
+        self.optimizer = Optimizer(self.model, self.config, device)
+        rate = functools.partial(learning_rate, config=self.config)
+        self.train_step = TrainStep(
+            self.model, self.optimizer, self.train_windows, self.config, rate, device=device, compile=compile
+        )
         self.bytes_per_token = text.num_bytes / len(token_ids)
         sizes = [len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)]
         self.token_sizes = torch.tensor(sizes, device=device)
 
         self.step = 0
         self.losses: list[float] = []  # of the steps since the last row of metrics.csv
-        self.unread: list[Tensor] = []  # (2,) loss and gradient norm of the steps since the device was last read
         self.rows: list[report.Metrics] = []
         self.seconds = 0.0  # of training and evaluation, in all sessions
         self.row_seconds = 0.0  # of training alone, since the last row
@@ -190,7 +202,7 @@ class Trainer:
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         lines = [
             f"model: {num_parameters:,} parameters, {self.attention} attention, "
-            f"{'fp32' if self.autocast is None else 'bf16 autocast'} on {self.device}",
+            f"{'fp32' if self.train_step.autocast is None else 'bf16 autocast'} on {self.device}",
             f"corpus: {self.text.name}, {self.text.num_bytes:,} bytes, {self.bytes_per_token:.2f} bytes per token, "
             f"vocabulary of {self.preset.model.vocab_size}",
         ]
@@ -208,7 +220,8 @@ class Trainer:
         with tqdm(total=config.num_steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True) as bar:
             shown = clock = time.perf_counter()
             while self.step < last_step and not interrupted():
-                self._train_step()
+                self.train_step(self.step)
+                self.step += 1
                 bar.update()
                 now = time.perf_counter()
                 is_last = self.step == config.num_steps
@@ -228,33 +241,10 @@ class Trainer:
             self.save()
         log(self._plot())
 
-    def _train_step(self) -> None:
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config)
-        starts = self.train_windows.random_starts(config.batch_size, config.seed, self.step)
-        inputs, targets = self.train_windows.at(starts)
-        loss = self._loss(inputs, targets).mean()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.unread.append(torch.stack((loss.detach(), norm)))
-
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Nats of each target, (batch * seqlen,)."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            logits = self.model(inputs)  # (batch, seqlen, vocab_size)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-
     def _read_losses(self) -> None:
         """Wait for the device and take over the losses. Raises FloatingPointError at the first that is not finite."""
-        if not self.unread:
-            return
-        values = torch.stack(self.unread).tolist()
+        values = self.train_step.read()
         first = self.step - len(values) + 1
-        self.unread.clear()
         for offset, (loss, norm) in enumerate(values):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 good = "there is no checkpoint yet"
@@ -281,7 +271,7 @@ class Trainer:
         num_bytes = torch.zeros((), dtype=torch.int64, device=self.device)
         for batch in np.array_split(starts, math.ceil(len(starts) / config.batch_size)):
             inputs, targets = self.validation_windows.at(batch)
-            nats += self._loss(inputs, targets).view(targets.shape)[:, counted].sum(dtype=torch.float64)
+            nats += self.train_step.losses(inputs, targets).view(targets.shape)[:, counted].sum(dtype=torch.float64)
             num_bytes += self.token_sizes[targets[:, counted]].sum()
         self.model.train()
         num_tokens = len(starts) * stride
@@ -338,9 +328,7 @@ class Trainer:
         state = {"rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                state[f"optimizer.{key}.{name}"] = value
+        state.update(self.optimizer.state())
         info: dict[str, Any] = {
             "preset": dataclasses.asdict(self.preset),
             "corpus": {"name": self.text.name, "fingerprint": self.text.fingerprint},
@@ -357,11 +345,7 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and "rng_cuda" in state:
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
-        for name, parameter in self.model.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = state[f"optimizer.{key}.{name}"]
-                on_host = key == "step" and self.device.type == "cpu"
-                self.optimizer.state[parameter][key] = value if on_host else value.to(self.device)
+        self.optimizer.load_state(state)
         self.step = self.saved_step = step
         self.losses = info["losses"]
         self.rows = [report.Metrics(**row) for row in info["rows"]]
@@ -393,14 +377,6 @@ class Trainer:
             tokens_per_second=last.tokens_per_second if last else nan,
             seconds=self.seconds,
         )
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, one fused kernel for all parameters. Matrices decay towards 0; the norms' scales do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    scales = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": scales, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 @contextlib.contextmanager

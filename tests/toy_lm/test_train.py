@@ -39,6 +39,15 @@ TINY = Preset(
 CORPUS = "grammar:20000"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """These models are too small to share out, and a machine that is busy otherwise would have to be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _tiny(**changes):
     return dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, **changes))
 

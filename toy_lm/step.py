@@ -1,0 +1,147 @@
+"""One training step as the device sees it: no host in the loop.
+
+    windows -> model -> mean cross-entropy -> gradients -> clipped -> optimizer
+
+The host lays out the next `TABLE` steps at once: their windows of tokens and their learning rates go to the device in
+two copies, and a counter on the device says which row a step takes. A step therefore needs nothing from the host. On
+CUDA it is captured as one graph after a few steps and replayed from then on; on the CPU the same function is simply
+called. Losses stay on the device until they are asked for.
+
+Knows the model, the optimizer and windows of tokens; knows nothing of files, evaluation or progress.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toy_lm.config import TrainConfig
+from toy_lm.data import Windows
+from toy_lm.device import autocast_dtype
+from toy_lm.model import Transformer
+from toy_lm.optimizer import Optimizer
+
+TABLE = 64  # steps that are laid out at once
+_STEPS_BEFORE_CAPTURE = 3  # libraries allocate their workspaces, Triton compiles
+
+
+class TrainStep:
+    """Trains `model` on random windows, a step a call.
+
+    rate         the learning rate of a step, a number
+    compile      fuse the layers' small ops with torch.compile
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: Optimizer,
+        windows: Windows,
+        config: TrainConfig,
+        rate: Callable[[int], float],
+        *,
+        device: torch.device,
+        compile: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.windows, self.config, self.rate = model, optimizer, windows, config, rate
+        self.device = device
+        self.autocast = autocast_dtype(device)
+        if compile:
+            for layer in model.model.layers:
+                layer.compile(fullgraph=True, dynamic=False)  # compiled once, used by each
+        self.begin = self.next_step = self.end = 0  # the first step laid out, the one to do, the one after the last
+        shape = (TABLE, config.batch_size, config.seqlen + 1)
+        self.tokens = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.rates = torch.zeros(TABLE, device=device)
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.outcomes = torch.zeros(TABLE, 2, device=device)  # loss, gradient norm
+        self.first_unread = 0  # the row of `outcomes` to read from
+        self.unread: list[Tensor] = []
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.num_eager = 0
+
+    def __call__(self, step: int) -> None:
+        """Do step number `step`, counted from 0; the host does not wait for the device."""
+        if step != self.next_step or step == self.end:
+            self._lay_out(step)
+        if self.graph is None and self.device.type == "cuda" and self.num_eager >= _STEPS_BEFORE_CAPTURE:
+            self.graph = self._captured()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            with self._aside():
+                self._step()
+            self.num_eager += 1
+        self.next_step = step + 1
+
+    def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each target, (batch * seqlen,) fp32, of inputs and targets (batch, seqlen) int64."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            logits = self.model(inputs)  # (batch, seqlen, vocab_size)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+
+    def read(self) -> list[list[float]]:
+        """[loss, gradient norm] of every step since the last call; waits for the device."""
+        self._collect()
+        values = torch.cat(self.unread).tolist() if self.unread else []
+        self.unread.clear()
+        return values
+
+    def _lay_out(self, step: int) -> None:
+        """Fill the tables from `step` on."""
+        self._collect()
+        config = self.config
+        steps = range(step, step + TABLE)
+        starts = np.concatenate([self.windows.random_starts(config.batch_size, config.seed, s) for s in steps])
+        tokens = torch.from_numpy(self.windows.cut(starts)).view(self.tokens.shape)
+        rates = torch.tensor([self.rate(s) for s in steps], dtype=torch.float32)
+        if self.device.type == "cuda":
+            tokens, rates = tokens.pin_memory(), rates.pin_memory()  # so that the copies do not wait for the device
+        self.tokens.copy_(tokens, non_blocking=True)
+        self.rates.copy_(rates, non_blocking=True)
+        self.row.zero_()
+        self.begin, self.next_step, self.end, self.first_unread = step, step, step + TABLE, 0
+
+    def _collect(self) -> None:
+        """Set aside the outcomes of the steps that were done since the last time."""
+        done = self.next_step - self.begin
+        if done > self.first_unread:
+            self.unread.append(self.outcomes[self.first_unread : done].clone())
+            self.first_unread = done
+
+    def _step(self) -> None:
+        config = self.config
+        self.optimizer.set_learning_rate(self.rates[self.row])
+        windows = self.tokens[self.row].squeeze(0).long()  # (batch, seqlen + 1)
+        total = torch.zeros((), device=self.device)
+        for part in windows.chunk(config.grad_accumulation):
+            loss = self.losses(part[:, :-1], part[:, 1:]).sum() / (config.batch_size * config.seqlen)
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.outcomes[self.row] = torch.stack((total, norm))
+        self.row += 1
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On CUDA, a stream like the one that captures: autograd ties a parameter's gradient to the first it sees."""
+        if self.device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph
