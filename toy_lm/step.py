@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from toy_lm.config import TrainConfig
 from toy_lm.data import Windows
 from toy_lm.device import autocast_dtype
+from toy_lm.distributed import ALONE, Workers
 from toy_lm.model import Transformer
 from toy_lm.optimizer import Optimizer
 
@@ -33,6 +34,9 @@ class TrainStep:
 
     rate         the learning rate of a step, a number
     compile      fuse the layers' small ops with torch.compile
+    workers      with whom each batch is shared out
+
+    Raises ValueError if the batch cannot be shared out evenly.
     """
 
     def __init__(
@@ -45,15 +49,21 @@ class TrainStep:
         *,
         device: torch.device,
         compile: bool = False,
+        workers: Workers = ALONE,
     ) -> None:
         self.model, self.optimizer, self.windows, self.config, self.rate = model, optimizer, windows, config, rate
-        self.device = device
+        self.device, self.workers = device, workers
+        if config.batch_size % (workers.count * config.grad_accumulation):
+            raise ValueError(
+                f"batch_size: got {config.batch_size}, needs a multiple of {workers.count} workers times "
+                f"grad_accumulation = {config.grad_accumulation}"
+            )
         self.autocast = autocast_dtype(device)
         if compile:
             for layer in model.model.layers:
                 layer.compile(fullgraph=True, dynamic=False)  # compiled once, used by each
         self.begin = self.next_step = self.end = 0  # the first step laid out, the one to do, the one after the last
-        shape = (TABLE, config.batch_size, config.seqlen + 1)
+        shape = (TABLE, config.batch_size // workers.count, config.seqlen + 1)
         self.tokens = torch.zeros(shape, dtype=torch.int32, device=device)
         self.rates = torch.zeros(TABLE, device=device)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
@@ -95,7 +105,8 @@ class TrainStep:
         self._collect()
         config = self.config
         steps = range(step, step + TABLE)
-        starts = np.concatenate([self.windows.random_starts(config.batch_size, config.seed, s) for s in steps])
+        mine = slice(self.workers.rank, None, self.workers.count)
+        starts = np.concatenate([self.windows.random_starts(config.batch_size, config.seed, s)[mine] for s in steps])
         tokens = torch.from_numpy(self.windows.cut(starts)).view(self.tokens.shape)
         rates = torch.tensor([self.rate(s) for s in steps], dtype=torch.float32)
         if self.device.type == "cuda":
@@ -121,6 +132,7 @@ class TrainStep:
             loss = self.losses(part[:, :-1], part[:, 1:]).sum() / (config.batch_size * config.seqlen)
             loss.backward()
             total += loss.detach()
+        self.workers.add_up([total, *(p.grad for p in self.model.parameters() if p.grad is not None)])
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

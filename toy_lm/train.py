@@ -31,12 +31,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from toy_lm import checkpoint, data, report
+from toy_lm import checkpoint, data, distributed, report
 from toy_lm.config import ModelConfig, Preset, TrainConfig
 from toy_lm.device import pick_device
+from toy_lm.distributed import Workers
 from toy_lm.model import Transformer
 from toy_lm.optimizer import Optimizer
-from toy_lm.step import TrainStep
+from toy_lm.step import TABLE, TrainStep
 from toy_lm.tokenizer import Tokenizer
 
 _READ_SECONDS = 0.5  # how often the losses are read from the device
@@ -58,6 +59,16 @@ class TrainResult:
     entropy_bits_per_byte: float | None  # the limit, where it is known
     tokens_per_second: float
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a run is carried out; what it computes does not depend on it, but for rounding."""
+
+    attention: str
+    device: torch.device
+    compile: bool
+    workers: Workers
 
 
 def train(
@@ -88,27 +99,31 @@ def train(
     longer finite.
     """
     out = pathlib.Path(out)
-    where = pick_device(device)
-    if compile is None:
-        compile = where.type == "cuda" and importlib.util.find_spec("triton") is not None
-    text = data.open_corpus(corpus)
-    if resume:
-        trainer = _resumed(text, out, attention, where, compile)
-    else:
-        config = dataclasses.replace(
-            preset.train,
-            seed=preset.train.seed if seed is None else seed,
-            num_steps=preset.train.num_steps if steps is None else steps,
-        )
-        trainer = _begun(text, dataclasses.replace(preset, train=config), out, attention, where, compile)
-    log(kernels.load(where).line)
-    log(trainer.describe())
-    last_step = trainer.config.num_steps
-    if stop_after is not None:
-        last_step = min(last_step, stop_after)
-    with _interrupts() as interrupted:
-        trainer.run(last_step, interrupted, log)
-    return trainer.result()
+    config = dataclasses.replace(
+        preset.train,
+        seed=preset.train.seed if seed is None else seed,
+        num_steps=preset.train.num_steps if steps is None else steps,
+    )
+    preset = dataclasses.replace(preset, train=config)
+    with distributed.workers(pick_device(device)) as (workers, where):
+        if compile is None:
+            compile = where.type == "cuda" and importlib.util.find_spec("triton") is not None
+        execution = Execution(attention=attention, device=where, compile=compile, workers=workers)
+        if workers.rank > 0:
+            log = _silent
+        with workers.first_alone():
+            text = data.open_corpus(corpus)
+            trainer = _resumed(text, out, execution) if resume else _begun(text, preset, out, execution)
+        log(kernels.load(where).line)
+        log(trainer.describe())
+        last_step = trainer.config.num_steps if stop_after is None else min(stop_after, trainer.config.num_steps)
+        with _interrupts() as interrupted:
+            trainer.run(last_step, interrupted, log)
+        return trainer.result()
+
+
+def _silent(line: str) -> None:
+    """What the workers behind the first one say."""
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -120,9 +135,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
 
 
-def _begun(
-    text: data.Corpus, preset: Preset, out: pathlib.Path, attention: str, device: torch.device, compile: bool
-) -> "Trainer":
+def _begun(text: data.Corpus, preset: Preset, out: pathlib.Path, execution: Execution) -> "Trainer":
     """A new run: learn the tokenizer, make the folder, initialise the weights."""
     if checkpoint.exists(out):
         raise ValueError(f"out: {str(out)!r} already holds a run; resume it, or name another folder")
@@ -138,12 +151,13 @@ def _begun(
         tokenizer = Tokenizer.train_bpe(text.parts(), preset.train.vocab_size)
     preset = preset.with_vocab_size(tokenizer.vocab_size)
     torch.manual_seed(preset.train.seed)
-    model = Transformer(preset.model, attention)
-    checkpoint.begin(out, preset.model, tokenizer)
-    return Trainer(text, tokenizer, preset, model, out, attention, device, compile)
+    model = Transformer(preset.model, execution.attention)
+    if execution.workers.rank == 0:
+        checkpoint.begin(out, preset.model, tokenizer)
+    return Trainer(text, tokenizer, preset, model, out, execution)
 
 
-def _resumed(text: data.Corpus, out: pathlib.Path, attention: str, device: torch.device, compile: bool) -> "Trainer":
+def _resumed(text: data.Corpus, out: pathlib.Path, execution: Execution) -> "Trainer":
     """The run in `out`, as its last checkpoint left it."""
     saved = checkpoint.load(out)
     state, info = checkpoint.load_training_state(saved)
@@ -153,8 +167,8 @@ def _resumed(text: data.Corpus, out: pathlib.Path, attention: str, device: torch
             f"({info['corpus']['name']!r}, SHA-256 {info['corpus']['fingerprint'][:16]}...)"
         )
     preset = Preset(model=ModelConfig(**info["preset"]["model"]), train=TrainConfig(**info["preset"]["train"]))
-    model = saved.model(attention=attention)
-    trainer = Trainer(text, saved.tokenizer, preset, model, out, attention, device, compile)
+    model = saved.model(attention=execution.attention)
+    trainer = Trainer(text, saved.tokenizer, preset, model, out, execution)
     trainer.restore(saved.step, state, info)
     return trainer
 
@@ -169,12 +183,11 @@ class Trainer:
         preset: Preset,
         model: Transformer,
         out: pathlib.Path,
-        attention: str,
-        device: torch.device,
-        compile: bool,
+        execution: Execution,
     ) -> None:
         self.text, self.preset, self.config, self.out = text, preset, preset.train, out
-        self.attention, self.device = attention, device
+        self.execution, self.workers, self.device = execution, execution.workers, execution.device
+        device = execution.device
         self.model = model.to(device).train()
 
         token_ids = data.tokenize(text, tokenizer, out)
@@ -184,7 +197,14 @@ class Trainer:
         self.optimizer = Optimizer(self.model, self.config, device)
         rate = functools.partial(learning_rate, config=self.config)
         self.train_step = TrainStep(
-            self.model, self.optimizer, self.train_windows, self.config, rate, device=device, compile=compile
+            self.model,
+            self.optimizer,
+            self.train_windows,
+            self.config,
+            rate,
+            device=device,
+            compile=execution.compile,
+            workers=self.workers,
         )
         self.bytes_per_token = text.num_bytes / len(token_ids)
         sizes = [len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)]
@@ -201,8 +221,9 @@ class Trainer:
         """What is trained on what, in a few lines."""
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         lines = [
-            f"model: {num_parameters:,} parameters, {self.attention} attention, "
-            f"{'fp32' if self.train_step.autocast is None else 'bf16 autocast'} on {self.device}",
+            f"model: {num_parameters:,} parameters, {self.execution.attention} attention, "
+            f"{'fp32' if self.train_step.autocast is None else 'bf16 autocast'} on {self.device}"
+            + (f", {self.workers.count} workers" if self.workers.count > 1 else ""),
             f"corpus: {self.text.name}, {self.text.num_bytes:,} bytes, {self.bytes_per_token:.2f} bytes per token, "
             f"vocabulary of {self.preset.model.vocab_size}",
         ]
@@ -217,9 +238,10 @@ class Trainer:
         """Train until last_step is done or `interrupted()`; evaluate and save when due, and save at the end."""
         config = self.config
         self.model.train()
-        with tqdm(total=config.num_steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+        hidden = None if self.workers.rank == 0 else True  # None: where there is no terminal
+        with tqdm(total=config.num_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True) as bar:
             shown = clock = time.perf_counter()
-            while self.step < last_step and not interrupted():
+            while self.step < last_step and not self._must_stop(interrupted):
                 self.train_step(self.step)
                 self.step += 1
                 bar.update()
@@ -239,7 +261,14 @@ class Trainer:
             self._count_time(clock)
         if self.saved_step != self.step:
             self.save()
-        log(self._plot())
+        if self.workers.rank == 0:
+            log(self._plot())
+
+    def _must_stop(self, interrupted: Callable[[], bool]) -> bool:
+        """Whether Ctrl-C was pressed. Workers agree on it now and then: they have to stop at the same step."""
+        if self.workers.count == 1:
+            return interrupted()
+        return self.step % TABLE == 0 and self.workers.any(interrupted(), self.device)
 
     def _read_losses(self) -> None:
         """Wait for the device and take over the losses. Raises FloatingPointError at the first that is not finite."""
@@ -281,6 +310,9 @@ class Trainer:
         """Evaluate and write a row of metrics.csv; returns the time at which training goes on."""
         self._read_losses()
         self._count_time(clock)
+        if self.workers.rank > 0:
+            self.losses, self.row_seconds = [], 0.0
+            return time.perf_counter()
         train_loss = math.fsum(self.losses) / len(self.losses)
         tokens_per_second = len(self.losses) * self.config.batch_size * self.config.seqlen / self.row_seconds
         begin = time.perf_counter()
@@ -325,6 +357,9 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step; only a finite one."""
         self._read_losses()
+        self.saved_step = self.step
+        if self.workers.rank > 0:
+            return
         state = {"rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
@@ -338,7 +373,6 @@ class Trainer:
             "row_seconds": self.row_seconds,
         }
         checkpoint.save(self.out, step=self.step, weights=self.model.state_dict(), state=state, info=info)
-        self.saved_step = self.step
 
     def restore(self, step: int, state: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Take over what `save` wrote at `step`, apart from the weights."""
@@ -350,13 +384,14 @@ class Trainer:
         self.losses = info["losses"]
         self.rows = [report.Metrics(**row) for row in info["rows"]]
         self.seconds, self.row_seconds = info["seconds"], info["row_seconds"]
-        report.write_metrics(self.out / "metrics.csv", self.rows)  # without the rows of steps that were lost
+        if self.workers.rank == 0:
+            report.write_metrics(self.out / "metrics.csv", self.rows)  # without the rows of steps that were lost
 
     def _plot(self) -> str:
         limit = None
         if self.text.entropy is not None:
             limit = self.text.entropy.nats_per_byte * self.bytes_per_token
-        title = f"{self.text.name}, {self.attention} attention, step {self.step}"
+        title = f"{self.text.name}, {self.execution.attention} attention, step {self.step}"
         return report.plot_losses(self.out / "loss.png", self.rows, limit=limit, title=title)
 
     def result(self) -> TrainResult:

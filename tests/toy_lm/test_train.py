@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -159,6 +160,45 @@ def test_classic_and_fused_attention_learn_alike(whole, tmp_path):
     for row, other in zip(_timeless(tmp_path / "run"), _timeless(whole[0]), strict=True):
         for name in ("train_loss", "validation_loss"):
             assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-4)
+
+
+def test_two_workers_learn_what_one_does(whole, tmp_path):
+    """Two processes over gloo, started by torchrun, and then one that resumes what they left."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys\n"
+        "from tests.toy_lm.test_train import CORPUS, TINY\n"
+        "from toy_lm.train import train\n"
+        "train(CORPUS, TINY, sys.argv[1], device='cpu', stop_after=18)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    root = pathlib.Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, tmp_path / "run"], check=True, env=environment, timeout=300)
+    assert _run(tmp_path / "run", resume=True).step == 24
+    rows, other_rows = _timeless(tmp_path / "run"), _timeless(whole[0])
+    assert len(rows) == len(other_rows) == 4
+    for row, other in zip(rows, other_rows, strict=True):
+        for name in row:
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4)
+    weights, other_weights = _weights(tmp_path / "run"), _weights(whole[0])
+    for name in weights:
+        torch.testing.assert_close(weights[name], other_weights[name], atol=2e-3, rtol=0)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(whole, tmp_path):
+    _run(tmp_path / "run", _tiny(grad_accumulation=2))
+    for row, other in zip(_timeless(tmp_path / "run"), _timeless(whole[0]), strict=True):
+        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-4)
+    with pytest.raises(ValueError, match="grad_accumulation: got 3, needs a divisor of batch_size = 4"):
+        _tiny(grad_accumulation=3)
+
+
+def test_a_muon_run_resumes_to_the_bit(tmp_path):
+    _run(tmp_path / "whole", _tiny(optimizer="muon"), steps=8)
+    _run(tmp_path / "run", _tiny(optimizer="muon"), steps=8, stop_after=5)
+    _run(tmp_path / "run", resume=True)
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_one_step_is_adamw_on_the_mean_cross_entropy(tmp_path):
