@@ -59,9 +59,10 @@ constexpr int kWide = kBytes / 8;    // 64-bit numbers in a vector
 typedef float Float __attribute__((vector_size(kBytes)));
 typedef int32_t Int __attribute__((vector_size(kBytes)));
 typedef int64_t Long __attribute__((vector_size(kBytes)));
-typedef int64_t LongOfInt __attribute__((vector_size(2 * kBytes)));  // one 64-bit number per fp32 number
+typedef int32_t HalfInt __attribute__((vector_size(kBytes / 2)));  // widens to a Long
 
 constexpr int kBlock = 512;  // a row is read in blocks of so many elements; half-precision blocks are widened first
+constexpr int64_t kGrain = 4096;  // elements that are worth waking a thread for
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLog2E = 1.4426950408889634f;
@@ -81,21 +82,41 @@ V load(const void* address) {
 
 Float broadcast(float x) { return Float{} + x; }
 
+// Half of a vector, the lower (0) or the upper (1), with 64 bits per number.
+template <int kUpper>
+Long widen_half(Int v) {
+  HalfInt half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&v) + kUpper * sizeof half, sizeof half);
+  return __builtin_convertvector(half, Long);
+}
+
+Int lane_numbers() {
+  Int lanes{};
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+Long wide_lane_numbers() {
+  Long lanes{};
+  for (int i = 0; i < kWide; ++i) lanes[i] = i;
+  return lanes;
+}
+
 float max_of(Float v) {
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
 
-// Bit i says that x[i] is above the bound, or NaN.
-uint32_t not_below(Float x, float bound) {
+// Bit i says that v[i] is negative.
+uint32_t sign_bits(Int v) {
 #if !defined(TOY_LM_PLAIN) && defined(__AVX512F__) && defined(__AVX512DQ__)
-  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_NLE_UQ);
+  return _mm512_movepi32_mask((__m512i)v);
 #elif !defined(TOY_LM_PLAIN) && defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(bound), _CMP_NLE_UQ));
+  return _mm256_movemask_ps((__m256)v);
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(!(x[i] <= bound)) << i;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(v[i] < 0) << i;
   return bits;
 #endif
 }
@@ -146,6 +167,18 @@ int64_t pack(float x, uint32_t index) {
   return int64_t(uint64_t(uint32_t(key)) << 32 | (0xffffffffu - index));
 }
 
+// `pack` for a whole vector, whose first element has index `first`.
+void pack(Float x, int64_t first, int64_t* out) {
+  Int key = (Int)(x + 0.0f);
+  key ^= (key >> 31) & 0x7fffffff;
+  key = x != x ? Int{} + 0x7fffffff : key;
+  const Long last = Long{} + (0xffffffff - first);
+  const Long lower = widen_half<0>(key) << 32 | (last - wide_lane_numbers());
+  const Long upper = widen_half<1>(key) << 32 | (last - kWide - wide_lane_numbers());
+  std::memcpy(out, &lower, sizeof lower);
+  std::memcpy(out + kWide, &upper, sizeof upper);
+}
+
 float value_of(int64_t candidate) {
   int32_t key = int32_t(candidate >> 32);
   if (key == 0x7fffffff) return kNaN;
@@ -159,7 +192,7 @@ int64_t index_of(int64_t candidate) { return int64_t(0xffffffffu - uint32_t(cand
 // Lane i of the result is lane i ^ kStride of v.
 template <int kStride, int... kLane>
 Long exchange_lanes(Long v, std::integer_sequence<int, kLane...>) {
-  return __builtin_shuffle(v, Long{(kLane ^ kStride)...});
+  return __builtin_shufflevector(v, v, (kLane ^ kStride)...);
 }
 
 // All ones in the lanes whose bit kBit is clear: the lanes that take the larger number.
@@ -256,10 +289,15 @@ class Selection {
     filled_ = 0;
     reserve(2 * padded(k));
     float block[kBlock];
-    int64_t start = std::min<int64_t>(n, capacity_);  // until the buffer is full for the first time, all enter
-    for (int64_t i = 0; i < start; ++i) buffer_[filled_++] = pack(widen(row[i]), i);
+    const int64_t head = std::min<int64_t>(n, capacity_);  // until the buffer is full for the first time, all enter
+    for (; filled_ < head; filled_ += kBlock) {
+      const int64_t count = std::min<int64_t>(kBlock, head - filled_);
+      const float* x = read_block(row + filled_, count, block);
+      for (int64_t i = 0; i < count; i += kLanes) pack(load<Float>(x + i), filled_ + i, &buffer_[filled_ + i]);
+    }
+    filled_ = head;
     float threshold = shrink();
-    for (; start < n; start += kBlock) {
+    for (int64_t start = head; start < n; start += kBlock) {
       const int64_t count = std::min<int64_t>(kBlock, n - start);
       threshold = scan(read_block(row + start, count, block), count, start, threshold);
     }
@@ -277,7 +315,7 @@ class Selection {
  private:
   float scan(const float* x, int64_t count, int64_t start, float threshold) {
     for (int64_t i = 0; i < count; i += kLanes) {
-      uint32_t above = not_below(load<Float>(x + i), threshold);
+      uint32_t above = sign_bits(~(load<Float>(x + i) <= threshold));  // NaN is above, too
       while (above) {
         const int64_t lane = std::countr_zero(above);
         above &= above - 1;
@@ -304,19 +342,22 @@ class Selection {
 // ---- top_k ----
 
 template <class T>
+void unpack(const int64_t* best, int64_t k, T* values, int64_t* indices) {
+  for (int64_t i = 0; i < k; ++i) values[i] = narrow(value_of(best[i]), T{});
+  for (int64_t i = 0; i < k; ++i) indices[i] = index_of(best[i]);
+}
+
+template <class T>
 void top_k_rows(const Tensor& x, int64_t k, Tensor& values, Tensor& indices) {
   const int64_t batch = x.size(0), n = x.size(1), stride = x.stride(0);
   const T* rows = static_cast<const T*>(x.const_data_ptr());
   T* out = static_cast<T*>(values.mutable_data_ptr());
   int64_t* out_indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  torch::stable::parallel_for(0, batch, std::max<int64_t>(1, 16384 / n), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / n), [&](int64_t begin, int64_t end) {
     Selection selection;
     for (int64_t row = begin; row < end; ++row) {
       const int64_t* best = selection.select(rows + row * stride, n, k);
-      for (int64_t i = 0; i < k; ++i) {
-        out[row * k + i] = narrow(value_of(best[i]), T{});
-        out_indices[row * k + i] = index_of(best[i]);
-      }
+      unpack(best, k, out + row * k, out_indices + row * k);
     }
   });
 }
@@ -407,12 +448,18 @@ int64_t weight(float z, float rate) {
   return (int64_t(power * 0x1p24f) << (kWeightBits - 24)) >> int(-whole);
 }
 
-LongOfInt weights(Float z, float rate) {
+// `weight` for a vector, in two halves.
+struct Weights {
+  Long lower, upper;
+};
+
+Weights weights(Float z, float rate) {
   Float y = z * rate, whole;
   y = y < -63.0f ? broadcast(-63.0f) : y;
   const Float power = exp2_fraction(y, whole);
-  const LongOfInt mantissa = __builtin_convertvector(__builtin_convertvector(power * 0x1p24f, Int), LongOfInt);
-  return (mantissa << (kWeightBits - 24)) >> __builtin_convertvector(__builtin_convertvector(-whole, Int), LongOfInt);
+  const Int mantissa = __builtin_convertvector(power * 0x1p24f, Int), shift = __builtin_convertvector(-whole, Int);
+  return {(widen_half<0>(mantissa) << (kWeightBits - 24)) >> widen_half<0>(shift),
+          (widen_half<1>(mantissa) << (kWeightBits - 24)) >> widen_half<1>(shift)};
 }
 
 float rate_of(float temperature) { return kLog2E / std::max(temperature, kMinTemperature); }
@@ -427,14 +474,18 @@ class Row {
   float operator[](int64_t token) const { return widen(logits_[token]); }
   const T* logits() const { return logits_; }
 
-  // f(first token of the block, its fp32 logits, how many); stops when f returns false.
+  // f(first token of the block, its fp32 logits, how many) for every block of the row, in order.
   template <class F>
   void for_blocks(const F& f) const {
+    for (int64_t start = 0; start < vocab_size_; start += kBlock) read(start, f);
+  }
+
+  // The same for the one block that starts here.
+  template <class F>
+  void read(int64_t start, const F& f) const {
     float buffer[kBlock];
-    for (int64_t start = 0; start < vocab_size_; start += kBlock) {
-      const int64_t count = std::min<int64_t>(kBlock, vocab_size_ - start);
-      if (!f(start, read_block(logits_ + start, count, buffer), count)) return;
-    }
+    const int64_t count = std::min<int64_t>(kBlock, vocab_size_ - start);
+    f(start, read_block(logits_ + start, count, buffer), count);
   }
 
  private:
@@ -453,7 +504,6 @@ float row_max(const Row<T>& row) {
       largest = v > largest ? v : largest;
       nan |= v != v;
     }
-    return true;
   });
   for (int i = 0; i < kLanes; ++i)
     if (nan[i]) return kNaN;
@@ -475,7 +525,6 @@ float log_sum_exp(const Row<T>& row, float max) {
       sum += in_range ? power * scale : Float{};
     }
     for (int i = 0; i < kLanes; ++i) total += sum[i];
-    return true;
   });
   return float(std::log(total));
 }
@@ -491,23 +540,21 @@ struct Scale {
   float max, rate;  // weight(x - max, rate)
 };
 
-constexpr Int lane_numbers() {
-  Int lanes{};
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
-  return lanes;
-}
-
-// The weights of a vector of logits, 0 where the filter keeps a token out.
-LongOfInt kept_weights(Float x, int64_t first_token, Scale scale, const Filter& filter) {
-  const Int tokens = lane_numbers() + int32_t(first_token);
-  const Int kept = (x > filter.value) | ((x == filter.value) & (tokens <= filter.index));
-  const LongOfInt w = weights(x - scale.max, scale.rate);
-  return w & __builtin_convertvector(kept, LongOfInt) & (w >= filter.least_weight);
-}
-
-int64_t sum_of(LongOfInt v) {
+// The weights of a block of logits, 0 where the filter keeps a token out; returns their sum.
+int64_t kept_weights(const float* x, int64_t start, int64_t count, Scale scale, const Filter& filter, int64_t* out) {
+  Long sum{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Float v = load<Float>(x + i);
+    const Int tokens = lane_numbers() + int32_t(start + i);
+    const Int kept = (v > filter.value) | ((v == filter.value) & (tokens <= filter.index));
+    Weights w = weights(v - scale.max, scale.rate);
+    w.lower &= widen_half<0>(kept) & (w.lower >= filter.least_weight);
+    w.upper &= widen_half<1>(kept) & (w.upper >= filter.least_weight);
+    sum += w.lower + w.upper;
+    std::memcpy(out + i, &w, sizeof w);
+  }
   int64_t total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
+  for (int i = 0; i < kWide; ++i) total += sum[i];
   return total;
 }
 
@@ -515,49 +562,42 @@ int64_t sum_of(LongOfInt v) {
 template <class T>
 int64_t draw(const Row<T>& row, Scale scale, const Filter& filter, uint64_t u, std::vector<int64_t>& block_sums,
              int64_t& total) {
+  int64_t weight[kBlock];
   block_sums.clear();
   total = 0;
   row.for_blocks([&](int64_t start, const float* x, int64_t count) {
-    LongOfInt sum{};
-    for (int64_t i = 0; i < count; i += kLanes) sum += kept_weights(load<Float>(x + i), start + i, scale, filter);
-    block_sums.push_back(sum_of(sum));
+    block_sums.push_back(kept_weights(x, start, count, scale, filter, weight));
     total += block_sums.back();
-    return true;
   });
-  int64_t left = random_below(total, u), block = 0;
+  int64_t left = random_below(total, u), block = 0, token = 0;
   while (left >= block_sums[block]) left -= block_sums[block++];
-  int64_t token = block * kBlock;
-  for (int64_t i = token;; i += kLanes) {
-    Float x = broadcast(-kInfinity);
-    for (int lane = 0; lane < kLanes && i + lane < row.vocab_size(); ++lane) x[lane] = row[i + lane];
-    const LongOfInt w = kept_weights(x, i, scale, filter);
-    for (int lane = 0; lane < kLanes; left -= w[lane++])
-      if (left < w[lane]) return i + lane;
-  }
+  row.read(block * kBlock, [&](int64_t start, const float* x, int64_t count) {
+    kept_weights(x, start, count, scale, filter, weight);
+    while (left >= weight[token]) left -= weight[token++];
+  });
+  return block * kBlock + token;
 }
 
 // The cut of top-p over a whole row, without sorting it: the mass in each of 4096 bins of the exponent, then a sort of
 // the one bin in which the running mass, from the likeliest down, reaches p.
 constexpr int kBins = 4096;
 
-int bin_of(float x, Scale scale) {
-  const float y = (x - scale.max) * scale.rate;
-  return int((y < -63.0f ? -63.0f : y) * -64.0f);
+Int bins_of(Float x, Scale scale) {
+  const Float y = (x - scale.max) * scale.rate;
+  return __builtin_convertvector((y < -63.0f ? broadcast(-63.0f) : y) * -64.0f, Int);
 }
 
 template <class T>
 void cut_at_top_p(const Row<T>& row, Scale scale, float top_p, Selection& selection, Filter& filter) {
-  int64_t mass[kBins] = {}, total = 0;
-  row.for_blocks([&](int64_t, const float* x, int64_t count) {
+  int64_t mass[kBins] = {}, block_weights[kBlock], total = 0;
+  int32_t bins[kBlock];
+  row.for_blocks([&](int64_t start, const float* x, int64_t count) {
+    kept_weights(x, start, count, scale, Filter{}, block_weights);
     for (int64_t i = 0; i < count; i += kLanes) {
-      const Float z = load<Float>(x + i) - scale.max;
-      Float y = z * scale.rate;
-      y = y < -63.0f ? broadcast(-63.0f) : y;
-      const Int bin = __builtin_convertvector(y * -64.0f, Int);
-      const LongOfInt w = weights(z, scale.rate);
-      for (int lane = 0; lane < kLanes; ++lane) mass[bin[lane]] += w[lane];
+      const Int bin = bins_of(load<Float>(x + i), scale);
+      std::memcpy(bins + i, &bin, sizeof bin);
     }
-    return true;
+    for (int64_t i = 0; i < count; ++i) mass[bins[i]] += block_weights[i];
   });
   for (int64_t m : mass) total += m;
   int64_t wanted = std::max<int64_t>(share(total, top_p), 1);
@@ -567,11 +607,13 @@ void cut_at_top_p(const Row<T>& row, Scale scale, float top_p, Selection& select
   int64_t* candidates = selection.reserve(padded(row.vocab_size()));
   int64_t found = 0;
   row.for_blocks([&](int64_t start, const float* x, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      candidates[found] = pack(x[i], start + i);
-      found += bin_of(x[i], scale) == bin;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Int inside = bins_of(load<Float>(x + i), scale) == bin;
+      for (uint32_t bits = sign_bits(inside); bits; bits &= bits - 1) {
+        const int64_t token = i + std::countr_zero(bits);
+        if (token < count) candidates[found++] = pack(x[token], start + token);
+      }
     }
-    return true;
   });
   if (!std::is_sorted(candidates, candidates + found, std::greater<>())) {
     std::fill(candidates + found, candidates + padded(found), kNothing);
@@ -684,7 +726,7 @@ std::tuple<Tensor, Tensor> sample(Tensor logits, double temperature, int64_t top
   by_dtype(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* rows = static_cast<const T*>(logits.const_data_ptr());
-    torch::stable::parallel_for(0, batch, std::max<int64_t>(1, 16384 / vocab_size), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / vocab_size), [&](int64_t begin, int64_t end) {
       Workspace workspace;
       for (int64_t row = begin; row < end; ++row) {
         const int64_t k = row_top_k[row];
