@@ -51,7 +51,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kBlockM = 64;       // queries in a block: lanes
 constexpr int64_t kBlockN = 64;       // keys in a block
 constexpr int64_t kChunk = 512;       // queries whose gradients stay in the cache while the keys pass by
 constexpr int64_t kBackwardTasks = 16;  // the backward pass is cut into at least so many, where it is long enough
@@ -260,7 +259,7 @@ void write_rows(const Matrix& matrix, int64_t rows, int64_t dims, A factor, cons
 }
 
 // matrix[0:rows, 0:dims] = factor * block^T, block [dims][kBlockM]
-template <class A>
+template <int64_t kBlockM, class A>
 void write_transposed(const Matrix& matrix, int64_t rows, int64_t dims, A factor, const A* block) {
   alignas(64) A staged[kBlockM * kMaxHeadDim];  // [rows][staged_row]
   const int64_t staged_row = round_up(dims, kWidth<A>);
@@ -276,6 +275,7 @@ struct Operands;
 template <class A>
 struct Operands<Plain<A>> {
   using E = A;
+  static constexpr int64_t kBlockM = Plain<A>::kBlockM;
 
   static int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, kWidth<A>); }
 
@@ -327,11 +327,11 @@ struct Operands<Plain<A>> {
 };
 
 #if defined(TOY_LM_BF16_PAIRS)
-template <>
-struct Operands<Bf16Pairs> {
+template <int64_t kBlockM>
+struct Operands<Bf16Pairs<kBlockM>> {
   using E = BFloat16;
 
-  static int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, Bf16Pairs::kDepthUnit); }
+  static int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, Bf16PairProducts::kDepthUnit); }
 
   static bool in_place(const Matrix&) { return false; }
   static Left<E> rows_in_place(const Matrix& block) { return {block.row<E>(0), block.row_stride, 1}; }
@@ -470,7 +470,7 @@ struct Scores {
 };
 
 // s = tanh(scale s / softcap), which `factor` multiplies by softcap. s [keys][kBlockM]
-template <class A>
+template <int64_t kBlockM, class A>
 void soft_cap(A* s, int64_t keys, int64_t columns, A before_cap) {
   for (int64_t n = 0; n < keys; ++n)
     for (int64_t j = 0; j < columns; j += kWidth<A>) {
@@ -485,7 +485,7 @@ bool needs_mask(const Visible& visible, int64_t row_begin, int64_t row_end, int6
 }
 
 // s = -inf where the query does not see the key, and in lanes that hold no query. s [keys][kBlockM]
-template <class A>
+template <int64_t kBlockM, class A>
 void mask(const Visible& visible, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t keys, int64_t columns, A* s) {
   constexpr int W = kWidth<A>;
   // Lane m sees the keys first + m <= n < last + m of this tile. Further off than a tile is as good as a tile off.
@@ -511,6 +511,7 @@ void mask(const Visible& visible, int64_t row_begin, int64_t rows, int64_t key_b
 // Rows up to the next whole unit of keys, which hold no key. At least up to an even number, for pairs.
 template <class M>
 int64_t hide_padding(typename M::Accumulator* s, int64_t keys) {
+  constexpr int64_t kBlockM = M::kBlockM;
   using A = typename M::Accumulator;
   const int64_t padded = round_up(keys, std::max<int64_t>(M::kDepthUnit, 2));
   std::fill(s + keys * kBlockM, s + padded * kBlockM, -std::numeric_limits<A>::infinity());
@@ -529,6 +530,7 @@ struct ForwardBuffers {
 template <class M>
 struct OnlineSoftmax {
   using A = typename M::Accumulator;
+  static constexpr int64_t kBlockM = M::kBlockM;
   static constexpr A kHidden = -std::numeric_limits<A>::infinity();
   static constexpr A kSlack = 8;  // a maximum may be exceeded by a factor of 2^8 before it is replaced
   alignas(64) A row_max[kBlockM], row_sum[kBlockM], alpha[kBlockM];
@@ -557,8 +559,8 @@ struct OnlineSoftmax {
       const Vec<A> shift = select<A>(new_max == kHidden, Vec<A>{}, new_max * factor);
       Vec<A> even_sum{}, odd_sum{};
       for (int64_t n = 0; n < keys; n += 2) {
-        const Vec<A> even = exp2(load(s + n * kBlockM + j) * factor - shift);
-        const Vec<A> odd = exp2(load(s + (n + 1) * kBlockM + j) * factor - shift);
+        const Vec<A> even = M::weight(load(s + n * kBlockM + j) * factor - shift);
+        const Vec<A> odd = M::weight(load(s + (n + 1) * kBlockM + j) * factor - shift);
         Operands<M>::store_right(p, n, j, even, odd);
         even_sum += even;
         odd_sum += odd;
@@ -600,6 +602,7 @@ struct OnlineSoftmax {
 template <class M>
 void forward_block(const Problem& problem, const Sequence& sequence, int64_t row_begin, const Matrix& q, const KeyBlocks<M>& k,
                    const KeyBlocks<M>& v, const Matrix& out, const Matrix& lse) {
+  constexpr int64_t kBlockM = M::kBlockM;
   using A = typename M::Accumulator;
   thread_local ForwardBuffers<M> buffers;
   [[maybe_unused]] const typename M::Session session;
@@ -629,8 +632,8 @@ void forward_block(const Problem& problem, const Sequence& sequence, int64_t row
     M::multiply(round_up(keys, M::kRowUnit), columns, round_up(head_dim, M::kDepthUnit), k.rows(n, buffers.k), q_t, kBlockM, s, kBlockM, true);
 
     // Mask
-    if (scores.capped) soft_cap(s, keys, columns, scores.before_cap);
-    if (needs_mask(visible, row_begin, row_begin + rows, n, n + keys)) mask(visible, row_begin, rows, n, keys, columns, s);
+    if (scores.capped) soft_cap<kBlockM>(s, keys, columns, scores.before_cap);
+    if (needs_mask(visible, row_begin, row_begin + rows, n, n + keys)) mask<kBlockM>(visible, row_begin, rows, n, keys, columns, s);
 
     // Online softmax
     const int64_t padded_keys = hide_padding<M>(s, keys);
@@ -645,7 +648,7 @@ void forward_block(const Problem& problem, const Sequence& sequence, int64_t row
 
   // O = O / row_sum
   softmax.finish(rows, scores.factor, acc, head_dim, lse);
-  write_transposed(out, rows, head_dim, A{1}, acc);
+  write_transposed<kBlockM>(out, rows, head_dim, A{1}, acc);
 }
 
 // Where each sequence's blocks of queries (or keys) start in one long list of them.
@@ -669,6 +672,7 @@ double count_flops(const Problem& problem) {
 // Packs K or V of all key heads, block by block, where that is needed and more than one block of queries uses it.
 template <class M, class Pack>
 const typename M::Element* pack_keys(const Problem& problem, const Heads& keys, Buffer<typename M::Element>& buffer, const Pack& pack) {
+  constexpr int64_t kBlockM = M::kBlockM;
   if (Operands<M>::in_place(keys.first)) return nullptr;
   int64_t most_blocks = 0;
   for (const Sequence& sequence : problem.sequences) most_blocks = std::max(most_blocks, ceil_div(sequence.seqlen_q, kBlockM));
@@ -691,6 +695,7 @@ const typename M::Element* pack_keys(const Problem& problem, const Heads& keys, 
 
 template <class M>
 void forward_all(const Problem& problem, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const Heads& lse) {
+  constexpr int64_t kBlockM = M::kBlockM;
   using E = typename M::Element;
   thread_local Buffer<E> k_buffer, v_buffer;
   const E* k_packed = pack_keys<M>(problem, k, k_buffer, &Operands<M>::pack_rows);
@@ -733,6 +738,7 @@ template <class M>
 void softmax_backward(const typename M::Accumulator* s, const typename M::Accumulator* dp, const typename M::Accumulator* lse,
                       const typename M::Accumulator* delta, int64_t keys, int64_t columns, typename M::Accumulator factor,
                       bool capped, typename M::Element* p, typename M::Element* ds, typename M::Element* ds_right) {
+  constexpr int64_t kBlockM = M::kBlockM;
   using A = typename M::Accumulator;
   for (int64_t j = 0; j < columns; j += kWidth<A>) {
     const Vec<A> lse_j = load(lse + j), delta_j = load(delta + j);
@@ -740,7 +746,7 @@ void softmax_backward(const typename M::Accumulator* s, const typename M::Accumu
       Vec<A> weight[2], gradient[2];
       for (int i = 0; i < 2; ++i) {
         const Vec<A> score = load(s + (n + i) * kBlockM + j);
-        weight[i] = exp2(score * factor - lse_j);
+        weight[i] = M::weight(score * factor - lse_j);
         gradient[i] = weight[i] * (load(dp + (n + i) * kBlockM + j) - delta_j);
         // d tanh(x) = 1 - tanh(x)^2
         if (capped) gradient[i] = select<A>(weight[i] == A{0}, weight[i], gradient[i] * (A{1} - score * score));
@@ -753,7 +759,7 @@ void softmax_backward(const typename M::Accumulator* s, const typename M::Accumu
 }
 
 // delta = rowsum(dO * O) - dlse, and lse in units of exp2; 0 in lanes that hold no query or one that sees no key.
-template <class A>
+template <int64_t kBlockM, class A>
 void read_row_statistics(const Matrix& dout, const Matrix& out, const Matrix& lse, const Matrix* dlse, int64_t rows,
                          int64_t head_dim, A* lse_to, A* delta) {
   alignas(64) A staged[2][kMaxHeadDim];
@@ -775,6 +781,7 @@ void read_row_statistics(const Matrix& dout, const Matrix& out, const Matrix& ls
 template <class M>
 void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequence& sequence, int64_t head, int64_t row_begin,
                     int64_t row_end, BackwardBuffers<M>& buffers, typename M::Accumulator* dk, typename M::Accumulator* dv) {
+  constexpr int64_t kBlockM = M::kBlockM;
   using A = typename M::Accumulator;
   using E = typename M::Element;
   const int64_t head_dim = problem.head_dim, padded_dim = Operands<M>::padded_dim(head_dim), b = sequence.batch;
@@ -811,7 +818,7 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
     Operands<M>::right_columns(dout_block, rows, head_dim, false, dout_t + block * size);
     Operands<M>::right_rows(q_block, rows, head_dim, q + block * size);
     Operands<M>::right_rows(dout_block, rows, head_dim, dout + block * size);
-    read_row_statistics(dout_block, x.out.at(b, head, first), x.lse.at(b, head, first), x.has_dlse ? &dlse_block : nullptr, rows,
+    read_row_statistics<kBlockM>(dout_block, x.out.at(b, head, first), x.lse.at(b, head, first), x.has_dlse ? &dlse_block : nullptr, rows,
                         head_dim, lse + block * kBlockM, delta + block * kBlockM);
   }
   std::fill_n(dq_t, blocks * size, A{0});
@@ -831,8 +838,8 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
       M::multiply(key_rows, columns, depth, k_rows, q_t + block * size, kBlockM, s, kBlockM, true);
 
       // Mask
-      if (scores.capped) soft_cap(s, keys, columns, scores.before_cap);
-      if (rows < columns || needs_mask(visible, row, row + rows, n, n + keys)) mask(visible, row, rows, n, keys, columns, s);
+      if (scores.capped) soft_cap<kBlockM>(s, keys, columns, scores.before_cap);
+      if (rows < columns || needs_mask(visible, row, row + rows, n, n + keys)) mask<kBlockM>(visible, row, rows, n, keys, columns, s);
 
       // dP^T = V dO^T; P^T = exp(S^T - lse); dS^T = P^T * (dP^T - delta)
       M::multiply(key_rows, columns, depth, v_rows, dout_t + block * size, kBlockM, dp, kBlockM, true);
@@ -855,7 +862,7 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
 
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = row_begin + block * kBlockM;
-    write_transposed(x.dq.at(b, head, sequence.q_row + row), std::min(kBlockM, row_end - row), head_dim,
+    write_transposed<kBlockM>(x.dq.at(b, head, sequence.q_row + row), std::min(kBlockM, row_end - row), head_dim,
                      static_cast<A>(problem.options.softmax_scale), dq_t + block * size);
   }
 }
@@ -1064,12 +1071,12 @@ void decode_all(const Problem& problem, const Heads& q, const Heads& k, const He
 
 // The ops, as op.py declares them
 
-// Calls f with the arithmetic for a dtype.
-template <class F>
+// Calls f with the arithmetic for a dtype; kPairBlockM is the number of queries in a block where pairs are multiplied.
+template <int64_t kPairBlockM, class F>
 void with_arithmetic(ScalarType dtype, const F& f) {
   if (dtype == ScalarType::Double) return f(Plain<double>{});
 #if defined(TOY_LM_BF16_PAIRS)
-  if (dtype == ScalarType::BFloat16 && Bf16Pairs::worthwhile()) return f(Bf16Pairs{});
+  if (dtype == ScalarType::BFloat16 && Bf16PairProducts::worthwhile()) return f(Bf16Pairs<kPairBlockM>{});
 #endif
   f(Plain<float>{});
 }
@@ -1112,7 +1119,7 @@ std::tuple<Tensor, Tensor> run_forward(const Problem& problem, const Tensor& q, 
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = packed ? torch::stable::new_empty(q, {q.size(1), q.size(0)}, lse_dtype)
                       : torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, lse_dtype);
-  with_arithmetic(dtype, [&](auto arithmetic) {
+  with_arithmetic<32>(dtype, [&](auto arithmetic) {
     forward_all<decltype(arithmetic)>(problem, Heads(q, packed, true), Heads(k, packed, true), Heads(v, packed, true),
                                 Heads(out, packed, true), Heads(lse, packed, false));
   });
@@ -1126,7 +1133,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Problem& problem, const Te
   BackwardHeads x{Heads(dout, packed, true), dlse ? Heads(*dlse, packed, false) : Heads(), Heads(q, packed, true),
                   Heads(k, packed, true), Heads(v, packed, true), Heads(out, packed, true), Heads(lse, packed, false),
                   Heads(dq, packed, true), Heads(dk, packed, true), Heads(dv, packed, true), dlse.has_value()};
-  with_arithmetic(q.scalar_type(), [&](auto arithmetic) { backward_all<decltype(arithmetic)>(problem, x); });
+  with_arithmetic<64>(q.scalar_type(), [&](auto arithmetic) { backward_all<decltype(arithmetic)>(problem, x); });
   return {dq, dk, dv};
 }
 
