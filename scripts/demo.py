@@ -1,4 +1,4 @@
-"""The whole idea on the sample text: train, generate, the top-K tables, classic against fused attention. `make demo`."""
+"""The whole idea on the sample text: train, generate, top-K tables, classic against fused attention (`make demo`)."""
 
 import shutil
 import sys

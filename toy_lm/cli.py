@@ -93,6 +93,9 @@ def _add_train(jobs) -> None:
     job.add_argument("--resume", action="store_true", help="continue the run in --out")
     job.add_argument("--steps", type=int, help="how many steps in all, in place of the preset's")
     job.add_argument("--seed", type=int, help="of the weights and batches, in place of the preset's")
+    job.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile; by default where there is a GPU"
+    )
     _add_attention(job)
     _add_device(job)
 
@@ -111,6 +114,7 @@ def _train(options: argparse.Namespace) -> None:
         resume=options.resume,
         seed=options.seed,
         steps=options.steps,
+        compile=options.compile,
     )
     if result.interrupted:
         again = f"toy-lm train --corpus {options.corpus} --out {options.out} --resume"

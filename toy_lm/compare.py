@@ -62,7 +62,7 @@ class Sizes:
     repetitions: int
 
 
-CPU_SIZES = Sizes(seqlens=(64, 128, 256, 512, 1024, 2048), num_tokens=1024, num_heads=4, head_dim=32, repetitions=7)
+CPU_SIZES = Sizes(seqlens=(64, 128, 256, 512, 1024, 2048), num_tokens=2048, num_heads=4, head_dim=32, repetitions=7)
 GPU_SIZES = Sizes(
     seqlens=(128, 256, 512, 1024, 2048, 4096, 8192), num_tokens=8192, num_heads=12, head_dim=64, repetitions=11
 )
@@ -94,7 +94,7 @@ def compare(
         sizes = dataclasses.replace(sizes, seqlens=sizes.seqlens[: len(sizes.seqlens) // 2], repetitions=3)
     alone = compare_alone(sizes, where)
     log(f"\nattention alone, forward + backward, causal, {_described(sizes, where)}\n{_table(alone)}")
-    inside = compare_steps(where, repetitions=sizes.repetitions)
+    inside = compare_steps(where, repetitions=3 * sizes.repetitions)
     log(f"\na training step of the preset `sample`, {_step_described()}\n{_table(inside)}")
     losses = compare_losses(where, steps) if steps else {}
     if losses:
@@ -299,40 +299,55 @@ def plot(
         from matplotlib.figure import Figure
     except ImportError:
         return f"no {path.name}: matplotlib is not installed (pip install matplotlib)"
-    figure = Figure(figsize=(13, 4.4), layout="constrained", facecolor="white")
+    panels = [_draw_time]
+    if all(row.peak_mib for row in alone):
+        panels.append(_draw_memory)
+    figure = Figure(figsize=(4.4 * (len(panels) + bool(losses)), 4.4), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3 if losses else 2)
+    axes = figure.subplots(1, len(panels) + bool(losses), squeeze=False)[0]
     figure.suptitle(f"Classic against fused attention: {title}", fontsize=13)
-    colours, markers = {"classic": "#d1495b", "fused": "#00798c"}, {"classic": "s", "fused": "o"}
-    last = {kind: [row for row in alone if row.kind == kind][-1] for kind in KINDS}
-    faster = last["classic"].milliseconds / last["fused"].milliseconds
-    panels[0].set_title(f"time: fused is {faster:.1f}x faster at {last['fused'].seqlen}")
-    panels[0].set_ylabel("forward + backward, ms")
-    if last["fused"].peak_mib and last["classic"].peak_mib is not None:
-        smaller = last["classic"].peak_mib / last["fused"].peak_mib
-        panels[1].set_title(f"memory: fused needs {smaller:.1f}x less at {last['fused'].seqlen}")
-    panels[1].set_ylabel("peak memory of the call, MiB")
-    for kind in KINDS:
-        rows = [row for row in alone if row.kind == kind]
-        style = {"color": colours[kind], "marker": markers[kind], "linewidth": 2.5, "label": kind}
-        panels[0].plot([row.seqlen for row in rows], [row.milliseconds for row in rows], **style)
-        panels[1].plot([row.seqlen for row in rows], [row.peak_mib or float("nan") for row in rows], **style)
-        if losses:
-            # Laid over each other: the classic curve is drawn wide, the fused one thin on top of it.
-            wide = {"color": colours[kind], "linewidth": 7 if kind == "classic" else 2, "label": kind}
-            panels[2].plot([row[0] for row in losses[kind]], [row[2] for row in losses[kind]], **wide)
-    for axes in panels[:2]:
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks([row.seqlen for row in alone if row.kind == "fused"])
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set_xlabel("sequence length")
+    for draw, panel in zip(panels, axes, strict=False):
+        draw(panel, {kind: [row for row in alone if row.kind == kind] for kind in KINDS})
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(sorted({row.seqlen for row in alone}))
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.set_xlabel("sequence length")
     if losses:
-        panels[2].set(
-            title="loss: the same model either way", xlabel="training step", ylabel="validation loss, nats/token"
-        )
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.legend()
+        _draw_losses(axes[-1], losses)
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.legend()
     figure.savefig(path, dpi=110)
     return f"picture: {path}"
+
+
+_STYLES: dict[str, dict] = {
+    "classic": {"label": "classic", "color": "#d1495b", "marker": "s", "linewidth": 2.5},
+    "fused": {"label": "fused", "color": "#00798c", "marker": "o", "linewidth": 2.5},
+}
+
+
+def _draw_time(panel, by_kind: dict[str, list[Measured]]) -> None:
+    for kind, rows in by_kind.items():
+        panel.plot([row.seqlen for row in rows], [row.milliseconds for row in rows], **_STYLES[kind])
+    classic, fused = (by_kind[kind][-1] for kind in KINDS)
+    panel.set_title(f"time: fused is {classic.milliseconds / fused.milliseconds:.1f}x faster at {fused.seqlen}")
+    panel.set_ylabel("forward + backward, ms")
+
+
+def _draw_memory(panel, by_kind: dict[str, list[Measured]]) -> None:
+    for kind, rows in by_kind.items():
+        panel.plot([row.seqlen for row in rows], [row.peak_mib for row in rows], **_STYLES[kind])
+    classic, fused = (by_kind[kind][-1] for kind in KINDS)
+    assert classic.peak_mib and fused.peak_mib
+    panel.set_title(f"memory: fused needs {classic.peak_mib / fused.peak_mib:.0f}x less at {fused.seqlen}")
+    panel.set_ylabel("peak memory of the call, MiB")
+
+
+def _draw_losses(panel, losses: dict[str, list[tuple[int, float, float]]]) -> None:
+    """Laid over each other: the classic curve wide, the fused one thin on top of it."""
+    for kind, width in (("classic", 7), ("fused", 2)):
+        steps, _, validation = zip(*losses[kind], strict=True)
+        panel.plot(steps, validation, label=kind, color=_STYLES[kind]["color"], linewidth=width)
+    panel.set(title="loss: the same model either way", xlabel="training step", ylabel="validation loss, nats/token")

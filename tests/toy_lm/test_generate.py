@@ -1,0 +1,195 @@
+"""Generation: the same text with a cache or without, alone or in a batch, streamed or whole; seeds, windows, UTF-8."""
+
+import pytest
+import torch
+
+import kernels
+import toy_lm
+from tests.toy_lm.conftest import CONTEXT, small_model
+from toy_lm.generate import EMPTY_PROMPT, LanguageModel, window_start
+from toy_lm.tokenizer import Tokenizer
+
+PROMPTS = ["the quick", "d", "the lazy dogs sleep under the old trees at", "", "the quick brown foxes jump 😀 über"]
+
+
+@torch.no_grad()
+def greedy_without_cache(lm: LanguageModel, prompt: str, max_new_tokens: int) -> list[int]:
+    """Reads the window of the text afresh for each token, in fp64 on the CPU."""
+    model = small_model(lm.tokenizer.vocab_size, "classic").double()
+    token_ids = lm.prompt_ids(prompt)
+    for _ in range(max_new_tokens):
+        window = token_ids[window_start(len(token_ids), CONTEXT) :]
+        token_ids = [*token_ids, int(model(torch.tensor([window]))[0, -1].argmax())]
+    return token_ids[len(token_ids) - max_new_tokens :]
+
+
+def text_of(tokenizer: Tokenizer, token_ids: list[int]) -> str:
+    """A character that is unfinished at the end is left out."""
+    whole = tokenizer.decode_bytes(token_ids)
+    for cut in range(4):
+        text = whole[: len(whole) - cut].decode("utf-8", errors="replace")
+        if not text.endswith("\ufffd"):
+            return text
+    return tokenizer.decode(token_ids)
+
+
+def test_window_over_a_long_text():
+    for context in (1, 2, 3, 8, 9):
+        half = max(1, context // 2)
+        for num_tokens in range(1, 50):
+            start = window_start(num_tokens, context)
+            assert start % half == 0
+            assert 0 <= start < num_tokens and num_tokens - start <= context
+            assert start == 0 or num_tokens - (start - half) > context  # not a token dropped too early
+            assert start == 0 if num_tokens <= context else start > 0
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_cache_equals_no_cache(lm: LanguageModel, prompt: str):
+    """Also far beyond the context, for prompts shorter and longer than it."""
+    steps = list(lm.steps(prompt, max_new_tokens=60, temperature=0.0))
+    assert [step.token_id for step in steps] == greedy_without_cache(lm, prompt, 60)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "seed": 5}]
+)
+def test_alone_equals_batched_equals_streamed(lm: LanguageModel, settings: dict):
+    alone = [lm.generate(prompt, max_new_tokens=50, **settings)[0] for prompt in PROMPTS]
+    assert lm.generate_batch(PROMPTS, max_new_tokens=50, **settings) == alone
+    assert lm.generate_batch(PROMPTS[::-1], max_new_tokens=50, **settings) == alone[::-1]
+    assert ["".join(lm.stream(prompt, max_new_tokens=50, **settings)) for prompt in PROMPTS] == alone
+    assert len(set(alone)) == len(PROMPTS)
+
+
+def test_seeds(lm: LanguageModel):
+    texts = lm.generate("the", max_new_tokens=30, num_samples=4, seed=10)
+    assert texts == lm.generate("the", max_new_tokens=30, num_samples=4, seed=10)
+    assert texts == [lm.generate("the", max_new_tokens=30, seed=10 + sample)[0] for sample in range(4)]
+    assert len(set(texts)) == 4
+    greedy = lm.generate("the", max_new_tokens=30, num_samples=3, temperature=0.0, seed=10)
+    assert greedy == lm.generate("the", max_new_tokens=30, num_samples=3, temperature=0.0, seed=99)
+    assert len(set(greedy)) == 1
+
+
+def test_classic_attention_gives_the_same_text(lm: LanguageModel):
+    other = LanguageModel(small_model(lm.tokenizer.vocab_size, "classic").to(lm.device), lm.tokenizer)
+    assert other.generate(PROMPTS[2], max_new_tokens=50, seed=3) == lm.generate(PROMPTS[2], max_new_tokens=50, seed=3)
+
+
+def test_an_empty_prompt_stands_for_a_line_end(lm: LanguageModel):
+    assert lm.generate("", max_new_tokens=20) == lm.generate(EMPTY_PROMPT, max_new_tokens=20)
+
+
+def test_nothing_to_generate(lm: LanguageModel):
+    assert lm.generate("the", max_new_tokens=0) == [""]
+    assert list(lm.stream("the", max_new_tokens=0)) == []
+
+
+def test_candidates_are_the_models_probabilities(lm: LanguageModel):
+    token_ids = lm.prompt_ids("the quick")
+    for step in lm.steps("the quick", max_new_tokens=8, num_candidates=5, temperature=2.0, seed=1):
+        logits = lm.model(torch.tensor([token_ids], device=lm.device))[0, -1]
+        expected = logits.double().softmax(dim=-1)
+        assert [p for _, p in step.candidates] == pytest.approx(sorted(expected.tolist(), reverse=True)[:5], rel=1e-4)
+        assert [p for _, p in step.candidates] == pytest.approx(
+            [expected[token_id].item() for token_id, _ in step.candidates], rel=1e-4
+        )
+        assert step.probability == pytest.approx(expected[step.token_id].item(), rel=1e-4)
+        token_ids.append(step.token_id)
+
+
+class Scripted(torch.nn.Module):
+    """Stands for a model: its logits make certain the token that comes next in `script`."""
+
+    def __init__(self, model: torch.nn.Module, script: list[int]) -> None:
+        super().__init__()
+        self.model, self.config = model.model, model.config
+        self.script, self.step = script, 0
+
+    def hidden(self, token_ids, cache=None):
+        return token_ids
+
+    def forward(self, token_ids, cache=None):
+        logits = torch.zeros(token_ids.shape[0], 1, self.config.vocab_size, device=token_ids.device)
+        logits[..., self.script[self.step]] = float("inf") if self.script[self.step] < 0 else 100.0
+        self.step += 1
+        return logits
+
+
+def scripted(lm: LanguageModel, script: list[int]) -> LanguageModel:
+    return LanguageModel(Scripted(lm.model, script), lm.tokenizer)  # type: ignore[arg-type]
+
+
+def test_a_character_is_never_streamed_by_halves(lm: LanguageModel):
+    text = "ü😀é"
+    names = {lm.tokenizer.token_bytes(token_id): token_id for token_id in range(lm.tokenizer.vocab_size)}
+    script = [names[bytes([byte])] for byte in text.encode()]
+    pieces = list(scripted(lm, script).stream("the", max_new_tokens=len(script)))
+    assert pieces == ["ü", "😀", "é"]
+    assert scripted(lm, script).generate("the", max_new_tokens=len(script) - 1) == ["ü😀"]
+    invalid = [names[b"\xff"], names[b"a"]]
+    assert scripted(lm, invalid).generate("the", max_new_tokens=2) == ["\ufffda"]
+
+
+def test_ids_beyond_the_tokenizer_never_come_out(lm: LanguageModel):
+    """A model may have more ids than its tokenizer, to round up its vocabulary."""
+    bytes_only = LanguageModel(lm.model, Tokenizer.bytes_tokenizer())
+    assert lm.model.config.vocab_size > 256
+    for step in bytes_only.steps("the", max_new_tokens=200, temperature=50.0):
+        assert step.token_id < 256
+
+
+def test_logits_that_are_not_finite(lm: LanguageModel):
+    for generate in (
+        lambda model: model.generate("the", max_new_tokens=4, num_samples=2),
+        lambda model: list(model.stream("the", max_new_tokens=4)),
+    ):
+        with pytest.raises(FloatingPointError, match="not finite at new token"):
+            generate(scripted(lm, [5, 5, -1, 5]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_k", 10**6),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("max_new_tokens", -1),
+        ("num_samples", 0),
+    ],
+)
+def test_bad_settings_are_named(lm: LanguageModel, name: str, value: float):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        lm.generate("the", **{"max_new_tokens": 2, name: value})
+
+
+def test_text_that_is_no_unicode(lm: LanguageModel):
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        lm.generate("half a pair \ud800")
+
+
+def test_load(run_folder: str, device: str, lm: LanguageModel):
+    loaded = toy_lm.load(run_folder, device=device, dtype=torch.float32)
+    assert loaded.generate("the quick", max_new_tokens=40, seed=2) == lm.generate(
+        "the quick", max_new_tokens=40, seed=2
+    )
+    assert kernels.load(device) is loaded.binding
+
+
+def test_greedy_text_equals_that_of_transformers(run_folder: str, tokenizer: Tokenizer):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run_folder, dtype=torch.float32).eval()
+    lm = toy_lm.load(run_folder, device="cpu")
+    token_ids = torch.tensor([tokenizer.encode("the quick")])
+    count = CONTEXT - token_ids.shape[1]
+    # The end-of-text id -1 is no token: like ours, their text then goes on to the last token asked for.
+    expected = theirs.generate(token_ids, max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    ours = [step.token_id for step in lm.steps("the quick", max_new_tokens=count, temperature=0.0)]
+    assert ours == expected[0, token_ids.shape[1] :].tolist()
