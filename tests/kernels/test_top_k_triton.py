@@ -1,0 +1,80 @@
+"""The Triton kernels of top_k and sample without a GPU: run by the interpreter, and compiled for each kind of card."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is made for Linux on x86-64 alone")
+
+from kernels.top_k import triton_sample, triton_select, triton_top_k
+from tests.kernels.compile_ahead import CAPABILITIES, compile_kernel, resources
+
+ROW = {"batch": "i32", "vocab_size": "i32", "row_stride": "i32"}
+PARAMETERS = {
+    "temperature": "fp32",
+    "top_k": "i32",
+    "top_p": "fp32",
+    "min_p": "fp32",
+    "seed": "i64",
+    "step": "i64",
+    **{f"{name}_stride": "i32" for name in ("temperature", "top_k", "top_p", "min_p", "seed", "step")},
+}
+SCRATCH = {
+    "group_keys": "*i32",
+    "partials": "*fp32",
+    "chosen_groups": "*i32",
+    "cuts": "*i32",
+    "lasts": "*i32",
+    "chunk_sums": "*i64",
+    "num_groups": "i32",
+    "num_chunks": "i32",
+    "candidates": "*i64",
+}
+SAMPLE = {"logits": "*bf16", "token_ids": "*i64", "logprobs": "*fp32", **ROW, **PARAMETERS, **SCRATCH}
+TOP_K = {"x": "*fp32", "values": "*fp32", "indices": "*i64", "n": "i32", "k": "i32", **ROW, **SCRATCH}
+FLAGS = {"PER_ROW": 0, "TOP_K": True, "TOP_P": True, "LOGPROBS": True, "SUM_EXP": True, "CUT": True}
+
+# kernel, types, constants, warps
+KERNELS = [
+    (triton_select.group_maxima, TOP_K, {"GROUP": 32, "CHUNK": triton_select.CHUNK}, triton_select.CHUNK_WARPS),
+    (triton_sample._sample_tile, SAMPLE, {"BITS": 16, "TILE": 512, "GROUP": 0, "NUM_GROUPS": 0, "NUM_CHUNKS": 0}, 1),
+    (
+        triton_sample._sample_tile,
+        SAMPLE,
+        {"BITS": 16, "TILE": 2048, "GROUP": 32, "NUM_GROUPS": 4096, "NUM_CHUNKS": 32},
+        triton_select.tile_warps(4096),
+    ),
+    (triton_sample._find_cut, SAMPLE, {"NUM_CHUNKS": 32, "BLOCK": 1024}, 4),
+    (triton_sample._chunk_weights, SAMPLE, {"NUM_CHUNKS": 32, "CHUNK": 1024}, 4),
+    (triton_sample._draw_from_chunks, SAMPLE, {"NUM_CHUNKS": 32, "CHUNK": 1024}, 4),
+    (triton_top_k._top_k_short, TOP_K, {"ROWS": 32, "BLOCK": 32}, 4),
+    (
+        triton_top_k._top_k_tile,
+        TOP_K,
+        {"BITS": 32, "TILE": 2048, "GROUP": 32, "NUM_GROUPS": 4096, "K": 64},
+        triton_select.tile_warps(4096),
+    ),
+    (triton_top_k._top_k_long, TOP_K, {"BLOCK": 1024}, 4),
+]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel, types, constants, warps", KERNELS)
+def test_compiles_for_every_card(kernel, types, constants, warps, capability):
+    constants = {name: value for name, value in {**FLAGS, **constants}.items() if name in kernel.arg_names}
+    signature = {name: type for name, type in types.items() if name in kernel.arg_names}
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    compiled = compile_kernel(kernel, signature, constants, capability=capability, **options)
+    assert f"sm_{capability}" in compiled.asm["ptx"]
+    assert "fma.rn.f32" not in compiled.asm["ptx"]  # weights are rounded after every operation
+    assert resources(compiled).spilled_bytes == 0
+
+
+def test_interpreted_kernels_agree_with_the_reference():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.kernels.interpret_top_k"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("all agree") == 3
