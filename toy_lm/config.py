@@ -143,6 +143,32 @@ PRESETS = {
             eval_batches=40,
         ),
     ),
+    # nanoGPT's shape for a CPU: 4 layers of width 128, 0.8 M parameters.
+    "shakespeare-cpu": Preset(
+        model=ModelConfig(
+            vocab_size=256,
+            model_dim=128,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=32,
+            mlp_dim=344,
+            max_seqlen=64,
+        ),
+        # Validation loss at step 300: AdamW 2.06 (3e-3), Muon 1.872 (3e-3), 1.854 (5e-3).
+        train=TrainConfig(
+            batch_size=12,
+            seqlen=64,
+            num_steps=300,
+            learning_rate=5e-3,
+            min_learning_rate=5e-4,
+            warmup_steps=50,
+            optimizer="muon",
+            tokenizer="bytes",
+            vocab_size=256,
+            eval_batches=40,
+        ),
+    ),
     # GPT-2's smallest shape: 12 layers of width 768, 124 M parameters.
     "small": Preset(
         model=ModelConfig(

@@ -1,0 +1,185 @@
+"""Top-K and sampling beside what one would use otherwise, in one process: table, top_k.json, top_k.png.
+
+    ours          kernels.top_k; kernels.sample with temperature, top-k, the draw and both log-probabilities; the same
+                  with top-p or min-p in place of top-k
+    peers         torch.topk; torch.topk + softmax + multinomial; nanoGPT's sampler; FlashInfer, where it is installed
+    yardsticks    torch's one-pass maximum: what reading the logits once costs in practice; and the floor: their bytes
+                  over the bandwidth that a copy reaches on this machine
+
+On a GPU a time is the median of device times with cold caches; on a CPU the median of wall times, all calls taking turns.
+
+Knows the ops; knows nothing of how they work.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+import kernels
+from toy_lm.device import pick_device
+
+# batch, vocab_size, k
+GPU_SIZES = (
+    (30_000, 32, 32),
+    (1, 50_304, 50),
+    (1, 128_256, 50),
+    (64, 50_304, 50),
+    (256, 128_256, 50),
+    (1024, 32_000, 50),
+    (4096, 512, 40),
+)
+CPU_SIZES = ((30_000, 32, 32), (1, 50_304, 50), (64, 50_304, 50), (16, 512, 40))
+CURVE = (1, 4, 16, 64, 256, 1024)  # k, at the size below
+GPU_CURVE_SIZE, CPU_CURVE_SIZE = (256, 128_256), (16, 50_304)
+TEMPERATURE = 0.8
+OURS = ("kernels.top_k", "kernels.sample top-k", "kernels.sample top-p", "kernels.sample min-p")
+
+
+def run(arguments: Sequence[str] = ()) -> None:
+    """`toy-lm bench top-k [--device auto|cpu|cuda] [--out FOLDER]`."""
+    parser = argparse.ArgumentParser(prog="toy-lm bench top-k", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", default="runs/bench", help="where top_k.json and top_k.png go (%(default)s)")
+    options = parser.parse_args(arguments)
+    bench(options.device, options.out)
+
+
+def bench(device: str = "auto", out: str | pathlib.Path = "runs/bench", log: Callable[[str], None] = print) -> None:
+    """Measure on `device`, print a table, write top_k.json and (with matplotlib) top_k.png into the folder `out`."""
+    where, folder = pick_device(device), pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    log(kernels.load(where).line)
+    bytes_per_second = copy_bandwidth(where)
+    log(f"a copy reaches {bytes_per_second / 1e9:.0f} GB/s, bytes read and bytes written added up")
+    rows = []
+    for batch, vocab_size, k in GPU_SIZES if where.type == "cuda" else CPU_SIZES:
+        for dtype in (torch.float32, torch.bfloat16):
+            logits = torch.randn(batch, vocab_size, device=where).to(dtype)
+            times = time_calls(calls(logits, k), where)
+            floor = logits.numel() * logits.element_size() / bytes_per_second
+            rows.append(
+                {"batch": batch, "vocab_size": vocab_size, "k": k, "dtype": str(dtype)[6:], "floor": floor, **times}
+            )
+            log(describe(rows[-1]))
+    curve = measure_curve(where)
+    log("cost over k, " + ", ".join(f"{k}: {1e6 * t:.0f} us" for k, t in curve.items()))
+    contents = {"machine": kernels.load(where).line, "seconds": rows, "curve": curve}
+    (folder / "top_k.json").write_text(json.dumps(contents, indent=2), encoding="utf-8")
+    log(f"figures: {folder / 'top_k.json'}")
+    log(plot(folder / "top_k.png", rows, curve))
+
+
+def calls(logits: Tensor, k: int) -> dict[str, Callable[[], object]]:
+    """What is measured on these logits (batch, vocab_size), by name."""
+    sample = functools.partial(kernels.sample, logits, temperature=TEMPERATURE, seed=1, return_logprobs=True)
+    named: dict[str, Callable[[], object]] = {
+        "max": lambda: logits.max(dim=-1),
+        "torch.topk": lambda: torch.topk(logits, k),
+        "topk + softmax + multinomial": lambda: sample_with_torch(logits, k),
+        "nanoGPT": lambda: sample_like_nanogpt(logits, k),
+        "kernels.top_k": lambda: kernels.top_k(logits, k),
+        "kernels.sample top-k": lambda: sample(top_k=k),
+        "kernels.sample top-p": lambda: sample(top_p=0.9),
+        "kernels.sample min-p": lambda: sample(min_p=0.05),
+    }
+    if logits.device.type == "cuda":
+        try:
+            from flashinfer.sampling import top_k_sampling_from_probs
+        except ImportError:
+            return named
+        named["FlashInfer"] = lambda: top_k_sampling_from_probs(torch.softmax(logits.float() / TEMPERATURE, dim=-1), k)
+    return named
+
+
+def sample_with_torch(logits: Tensor, k: int) -> Tensor:
+    values, indices = torch.topk(logits, k)
+    chosen = torch.multinomial(torch.softmax(values.float() / TEMPERATURE, dim=-1), 1)
+    return indices.gather(-1, chosen)
+
+
+def sample_like_nanogpt(logits: Tensor, k: int) -> Tensor:
+    """Everything below the k-th largest masked, softmax and multinomial over the whole vocabulary."""
+    logits = logits / TEMPERATURE
+    values, _ = torch.topk(logits, k)
+    masked = logits.masked_fill(logits < values[:, [-1]], float("-inf"))
+    return torch.multinomial(torch.softmax(masked.float(), dim=-1), 1)
+
+
+def time_calls(named: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Median seconds of each call."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return {name: 1e-3 * do_bench(call, warmup=10, rep=40, return_mode="median") for name, call in named.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in named}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < 1.5 or len(seconds["max"]) < 7:
+        for name, call in named.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, read and written bytes added up."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    seconds = time_calls({"max": lambda: target.copy_(source)}, device)["max"]
+    return 2 * source.numel() * source.element_size() / seconds
+
+
+def measure_curve(device: torch.device) -> dict[int, float]:
+    """Seconds of `kernels.sample` with log-probabilities, over k."""
+    size = GPU_CURVE_SIZE if device.type == "cuda" else CPU_CURVE_SIZE
+    logits = torch.randn(size, device=device)
+    sample = functools.partial(kernels.sample, logits, temperature=TEMPERATURE, seed=1, return_logprobs=True)
+    named = {str(k): functools.partial(sample, top_k=k) for k in CURVE}
+    times = time_calls({"max": lambda: logits.max(dim=-1), **named}, device)
+    return {k: times[str(k)] for k in CURVE}
+
+
+def describe(row: Mapping) -> str:
+    """One size: every time in microseconds, and ours as multiples of the one-pass maximum."""
+    size = f"{row['batch']} x {row['vocab_size']}, k = {row['k']}, {row['dtype']}"
+    lines = [f"\n{size}: floor {1e6 * row['floor']:.1f} us"]
+    skipped = ("batch", "vocab_size", "k", "dtype", "floor")
+    for name, seconds in row.items():
+        if name not in skipped:
+            lines.append(f"  {name:30s} {1e6 * seconds:10.1f} us   {seconds / row['max']:6.2f} x max")
+    return "\n".join(lines)
+
+
+def plot(path: pathlib.Path, rows: Sequence[Mapping], curve: Mapping[int, float]) -> str:
+    """Draw times as multiples of the one-pass maximum, and the cost over k; returns a line that says where."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return f"no {path.name}: matplotlib is not installed (pip install matplotlib)"
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    names = [name for name in rows[0] if name not in ("batch", "vocab_size", "k", "dtype", "floor", "max")]
+    width = 0.9 / len(names)
+    for i, name in enumerate(names):
+        places = [n + i * width for n in range(len(rows))]
+        left.bar(
+            places, [row[name] / row["max"] for row in rows], width, label=name, alpha=1.0 if name in OURS else 0.45
+        )
+    left.axhline(1.0, color="black", linewidth=1, linestyle="--", label="one read: torch's max")
+    labels = [f"{row['batch']}x{row['vocab_size']}\nk={row['k']} {row['dtype']}" for row in rows]
+    left.set_xticks([n + 0.45 for n in range(len(rows))], labels, fontsize=6)
+    left.set(yscale="log", ylabel="time over one-pass maximum")
+    left.legend(fontsize=7)
+    right.plot(list(curve), [1e6 * seconds for seconds in curve.values()], marker="o")
+    right.set(xscale="log", xlabel="k", ylabel="us", title="kernels.sample", ylim=(0, None))
+    figure.savefig(path, dpi=120)
+    return f"picture: {path}"
