@@ -257,7 +257,8 @@ def _race(
         begin = time.perf_counter()
     print(
         f"{contestant.name} ({contestant.num_parameters:,} parameters): loss {target} after {reached}; "
-        f"best {best:.4f} at step {best_step}; {contestant.num_steps} steps in {seconds:.1f} s, the first (compiling) {first:.1f} s",
+        f"best {best:.4f} at step {best_step}; {contestant.num_steps} steps in {seconds:.1f} s, "
+        f"the first (compiling) {first:.1f} s",
         flush=True,
     )
 
