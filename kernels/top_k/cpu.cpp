@@ -62,7 +62,7 @@ typedef int64_t Long __attribute__((vector_size(kBytes)));
 typedef int32_t HalfInt __attribute__((vector_size(kBytes / 2)));  // widens to a Long
 
 constexpr int kBlock = 512;  // a row is read in blocks of so many elements; half-precision blocks are widened first
-constexpr int64_t kGrain = 4096;  // elements that are worth waking a thread for
+constexpr int64_t kGrain = 16384;  // elements that are worth waking a thread for
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLog2E = 1.4426950408889634f;
@@ -581,6 +581,7 @@ int64_t draw(const Row<T>& row, Scale scale, const Filter& filter, uint64_t u, s
 // The cut of top-p over a whole row, without sorting it: the mass in each of 4096 bins of the exponent, then a sort of
 // the one bin in which the running mass, from the likeliest down, reaches p.
 constexpr int kBins = 4096;
+constexpr int64_t kSortedWhole = 1024;  // so short a row is rather sorted than put into bins
 
 Int bins_of(Float x, Scale scale) {
   const Float y = (x - scale.max) * scale.rate;
@@ -667,7 +668,7 @@ Answer sample_row(const Row<T>& row, const Parameters& p, bool return_logprobs, 
   const int64_t least_weight = int64_t(p.min_p * 0x1p40f);
   Scale scale{0.0f, rate_of(temperature)};
   int64_t total = 0;
-  if (k < vocab_size) {
+  if (k < vocab_size || (p.top_p < 1.0f && vocab_size <= kSortedWhole)) {
     int64_t* best = workspace.selection.select(row.logits(), vocab_size, k);
     scale.max = value_of(best[0]);
     if (!std::isfinite(scale.max)) return answer;

@@ -6,7 +6,7 @@
     yardsticks    torch's one-pass maximum: what reading the logits once costs in practice; and the floor: their bytes
                   over the bandwidth that a copy reaches on this machine
 
-On a GPU a time is the median of device times with cold caches; on a CPU the median of wall times, all calls taking turns.
+On a GPU a time is the median of device times with cold caches; on a CPU of wall times, all calls taking turns.
 
 Knows the ops; knows nothing of how they work.
 """
