@@ -83,6 +83,7 @@ def train(
     steps: int | None = None,
     stop_after: int | None = None,
     compile: bool | None = None,
+    profile: bool = False,
     log: Callable[[str], None] = tqdm.write,
 ) -> TrainResult:
     """Train on `corpus` (see `data.open_corpus`) and leave a run folder at `out`.
@@ -93,6 +94,7 @@ def train(
     seed        of the weights and the batches; None takes the preset's
     steps       how many steps in all; None takes the preset's
     compile     fuse the small ops with torch.compile; None does so on CUDA where there is Triton
+    profile     write trace.json, where the time of a few steps went, for chrome://tracing or ui.perfetto.dev
     stop_after  stop, with a checkpoint, once so many steps are done; None goes on to the end
 
     Raises ValueError for bad input, OSError if `out` cannot be written, FloatingPointError if the loss is no
@@ -117,8 +119,8 @@ def train(
         log(kernels.load(where).line)
         log(trainer.describe())
         last_step = trainer.config.num_steps if stop_after is None else min(stop_after, trainer.config.num_steps)
-        with _interrupts() as interrupted:
-            trainer.run(last_step, interrupted, log)
+        with _interrupts() as interrupted, _profiled(out / "trace.json", profile) as step_done:
+            trainer.run(last_step, interrupted, step_done, log)
         return trainer.result()
 
 
@@ -226,6 +228,8 @@ class Trainer:
             + (f", {self.workers.count} workers" if self.workers.count > 1 else ""),
             f"corpus: {self.text.name}, {self.text.num_bytes:,} bytes, {self.bytes_per_token:.2f} bytes per token, "
             f"vocabulary of {self.preset.model.vocab_size}",
+            f"steps: {self.config.num_steps:,} of {self.config.batch_size} x {self.config.seqlen} tokens, "
+            f"{self.config.optimizer}",
         ]
         if self.text.entropy is not None:
             lines.append(
@@ -234,7 +238,13 @@ class Trainer:
             )
         return "\n".join(lines)
 
-    def run(self, last_step: int, interrupted: Callable[[], bool], log: Callable[[str], None]) -> None:
+    def run(
+        self,
+        last_step: int,
+        interrupted: Callable[[], bool],
+        step_done: Callable[[], None],
+        log: Callable[[str], None],
+    ) -> None:
         """Train until last_step is done or `interrupted()`; evaluate and save when due, and save at the end."""
         config = self.config
         self.model.train()
@@ -244,6 +254,7 @@ class Trainer:
             while self.step < last_step and not self._must_stop(interrupted):
                 self.train_step(self.step)
                 self.step += 1
+                step_done()
                 bar.update()
                 now = time.perf_counter()
                 is_last = self.step == config.num_steps
@@ -336,9 +347,13 @@ class Trainer:
             f"step {row.step}: train {train_loss:.4f}, validation {validation_loss:.4f} nats/token, perplexity "
             f"{row.perplexity:.3f}, {bits_per_byte:.4f} bits/byte"
             + (f" (limit {limit.bits_per_byte:.4f})" if limit else "")
-            + f", {tokens_per_second:,.0f} tokens/s"
+            + f", {tokens_per_second:,.0f} tokens/s, {self._seconds_left(tokens_per_second):,.0f} s left"
         )
         return time.perf_counter()
+
+    def _seconds_left(self, tokens_per_second: float) -> float:
+        num_steps = self.config.num_steps - self.step
+        return num_steps * self.config.batch_size * self.config.seqlen / tokens_per_second
 
     def _count_time(self, clock: float) -> None:
         elapsed = time.perf_counter() - clock
@@ -412,6 +427,19 @@ class Trainer:
             tokens_per_second=last.tokens_per_second if last else nan,
             seconds=self.seconds,
         )
+
+
+@contextlib.contextmanager
+def _profiled(path: pathlib.Path, wanted: bool) -> Iterator[Callable[[], None]]:
+    """Yields what to call after each step; a few steps after compilation and capture then leave a trace at `path`."""
+    if not wanted:
+        yield lambda: None
+        return
+    schedule = torch.profiler.schedule(wait=20, warmup=2, active=5, repeat=1)
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path))
+    ) as profiler:
+        yield profiler.step
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from corpus import SAMPLE
-from toy_lm import checkpoint, data, report
+from toy_lm import checkpoint, data, report, step
 from toy_lm import train as training
 from toy_lm.config import ModelConfig, Preset, TrainConfig, preset
 from toy_lm.train import learning_rate, train
@@ -54,7 +55,7 @@ def _tiny(**changes):
 
 
 def _run(out, preset=TINY, corpus=CORPUS, **options):
-    return train(corpus, preset, out, device="cpu", **{"log": lambda line: None, **options})
+    return train(corpus, preset, out, **{"device": "cpu", "log": lambda line: None, **options})
 
 
 def _weights(folder):
@@ -109,6 +110,24 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(whole, tmp_path, stop):
     second = _run(tmp_path / "run", resume=True)
     assert (second.step, second.interrupted) == (24, False)
     _assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_every_device_learns_the_same_and_resumes(whole, tmp_path, device):
+    """On a GPU in bf16, from a captured graph, compiled: the CPU's losses but for bf16's rounding."""
+    _run(tmp_path / "run", device=device, stop_after=11)
+    _run(tmp_path / "run", device=device, resume=True)
+    for row, other in zip(_timeless(tmp_path / "run"), _timeless(whole[0]), strict=True):
+        for name in ("train_loss", "validation_loss"):
+            assert float(row[name]) == pytest.approx(float(other[name]), abs=0.0 if device == "cpu" else 0.02)
+
+
+def test_how_many_steps_are_laid_out_at_once_does_not_matter(whole, tmp_path, monkeypatch, device):
+    monkeypatch.setattr(step, "TABLE", 5)
+    _run(tmp_path / "run", device=device)
+    for row, other in zip(_timeless(tmp_path / "run"), _timeless(whole[0]), strict=True):
+        assert float(row["train_loss"]) == pytest.approx(
+            float(other["train_loss"]), abs=0.0 if device == "cpu" else 0.02
+        )
 
 
 def test_rows_written_after_the_last_checkpoint_are_written_anew(whole, tmp_path, monkeypatch):
@@ -192,6 +211,12 @@ def test_parts_of_a_batch_add_up_to_the_whole(whole, tmp_path):
         assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-4)
     with pytest.raises(ValueError, match="grad_accumulation: got 3, needs a divisor of batch_size = 4"):
         _tiny(grad_accumulation=3)
+
+
+def test_a_profile_is_a_trace_of_some_steps(tmp_path):
+    _run(tmp_path / "run", _tiny(num_steps=30), profile=True)
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 5
 
 
 def test_a_muon_run_resumes_to_the_bit(tmp_path):
