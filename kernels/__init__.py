@@ -3,6 +3,7 @@
 The tensor's device picks the kernel. Importing this package compiles nothing and asks no driver anything.
 """
 
+from kernels.decode_step.op import DecodeWeights, decode_step
 from kernels.flash_attention.op import decode_attention, flash_attention, flash_attention_varlen
 from kernels.flash_attention.reference import classic_attention
 from kernels.load import BuildError, load
@@ -10,9 +11,11 @@ from kernels.top_k.op import Sampled, sample, top_k
 
 __all__ = [
     "BuildError",
+    "DecodeWeights",
     "Sampled",
     "classic_attention",
     "decode_attention",
+    "decode_step",
     "flash_attention",
     "flash_attention_varlen",
     "load",

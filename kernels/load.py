@@ -35,7 +35,7 @@ from collections.abc import Iterator
 import torch
 
 HERE = pathlib.Path(__file__).parent
-OP_FOLDERS = ("flash_attention", "top_k")
+OP_FOLDERS = ("flash_attention", "top_k", "decode_step")
 DEVICE_TYPES = ("cpu", "cuda")
 CPU_CAPABILITIES = ("native", "plain", "avx2", "avx512")
 # torch's stable ABI of release 2.11: one source builds against 2.11 and later.

@@ -5,15 +5,16 @@
     lm = toy_lm.load("runs/sample")
     lm.generate("the quick brown", max_new_tokens=30, top_k=50)
 
-The model reads each token once: its keys and values stay in a cache (`kernels.flash_attention` fills it from the
-prompt, `kernels.decode_attention` reads it for each new token). A text of n tokens that is longer than the context is
-read through a window, its tokens from `window_start(n, context)` on: when the window is full, its older half is
-dropped and the newer half is read afresh. The window depends on n alone, not on where the prompt ended.
+The model reads each token once: its keys and values stay in a cache, which `kernels.flash_attention` fills from the
+prompt and `kernels.decode_step` reads for each new token (decode.py). A text of n tokens that is longer than the
+context is read through a window, its tokens from `window_start(n, context)` on: when the window is full, its older half
+is dropped and the newer half is read afresh. The window depends on n alone, not on where the prompt ended.
 
 Knows the model, the tokenizer and the ops; knows nothing of training, or of how the text is shown.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -23,22 +24,12 @@ from torch import Tensor
 
 import kernels
 from toy_lm import checkpoint
+from toy_lm.decode import Decoder, Sampling, pack
 from toy_lm.device import autocast_dtype, pick_device
-from toy_lm.model import KVCache, Transformer
+from toy_lm.model import Transformer
 from toy_lm.tokenizer import Tokenizer
 
 EMPTY_PROMPT = "\n"  # what the model is given where the prompt is empty: the text begins after a line's end
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a token is drawn, see `kernels.sample`: None switches a filter off, temperature 0 takes the likeliest."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int = 0  # sample number i of a prompt is drawn with seed + i
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,12 +61,6 @@ def load(
     return LanguageModel(model, saved.tokenizer)
 
 
-def window_start(num_tokens: int, context: int) -> int:
-    """Where the window over a text of num_tokens begins: the least multiple of half a context from which it fits."""
-    half = max(1, context // 2)
-    return max(0, -((context - num_tokens) // half) * half)
-
-
 class LanguageModel:
     """A model and its tokenizer, on one device."""
 
@@ -85,6 +70,8 @@ class LanguageModel:
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.binding = kernels.load(self.device)
+        self.weights = pack(self.model)
+        self._kept: dict[tuple[int, Sampling], Decoder] = {}
 
     def generate(self, prompt: str, *, max_new_tokens: int = 200, num_samples: int = 1, **sampling) -> list[str]:
         """num_samples continuations of the prompt, without the prompt itself.
@@ -135,7 +122,7 @@ class LanguageModel:
         return self.tokenizer.encode(prompt or EMPTY_PROMPT)
 
     def _texts(self, prompts: Sequence[str], max_new_tokens: int, settings: Sampling, seeds: list[int]) -> list[str]:
-        new = [token_ids for token_ids, _ in self._tokens(prompts, max_new_tokens, settings, seeds)]
+        new = [token_ids.clone() for token_ids, _ in self._tokens(prompts, max_new_tokens, settings, seeds)]
         rows = torch.stack(new, dim=1).tolist() if new else [[] for _ in prompts]
         self._check(rows)
         texts = []
@@ -151,22 +138,23 @@ class LanguageModel:
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, needs 0 or more")
         token_ids = [self.prompt_ids(prompt) for prompt in prompts]  # prompt -> tokenizer -> token ids
-        reader = Reader(self.model, token_ids, max_new_tokens)
-        row_seeds = torch.tensor(seeds, device=self.device)
-        for step in range(max_new_tokens):
-            logits = reader.logits()[:, : self.tokenizer.vocab_size]  # token ids -> model (attention op) -> logits
-            new = kernels.sample(  # logits -> sampler op -> token ids
-                logits,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                seed=row_seeds,
-                step=step,
-            )
-            assert isinstance(new, Tensor)
-            reader.append(new)
-            yield new, logits
+        with self._decoder(len(prompts), settings) as decoder:
+            decoder.start(token_ids, max_new_tokens, seeds)
+            for _ in range(max_new_tokens):
+                yield decoder.next()  # token ids -> model (attention op) -> logits -> sampler op -> token ids
+
+    @contextlib.contextmanager
+    def _decoder(self, batch_size: int, settings: Sampling) -> Iterator[Decoder]:
+        """One that nobody else uses until it is given back; the last one is kept, with its cache and its graph."""
+        key = (batch_size, dataclasses.replace(settings, seed=0))
+        decoder = self._kept.pop(key, None)
+        if decoder is None:
+            self._kept.clear()
+            decoder = Decoder(self.model, self.weights, batch_size, self.tokenizer.vocab_size, key[1])
+        try:
+            yield decoder
+        finally:
+            self._kept[key] = decoder
 
     def _check(self, rows: list[list[int]]) -> None:
         """The sampler marks a row of logits that it cannot draw from with -1."""
@@ -176,57 +164,6 @@ class LanguageModel:
                     f"the model's logits are not finite at new token {row.index(-1)} of text {number}; "
                     "its weights may be damaged, or too large for the precision"
                 )
-
-
-class Reader:
-    """The texts of a batch while they grow: gives the model each token once, and returns the logits behind the last."""
-
-    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        self.model = model
-        self.context = model.config.max_seqlen
-        self.lengths = [len(prompt) for prompt in prompts]
-        self.starts = [-1] * len(prompts)  # of the windows that the cache holds
-        self.end = max(self.lengths)
-        weight = model.model.embed_tokens.weight
-        # The texts end in the same column, self.end, so that a new token of each is a new column.
-        self.token_ids = torch.zeros((len(prompts), self.end + max_new_tokens), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            self.token_ids[row, self.end - len(prompt) : self.end] = torch.tensor(prompt)
-        self.token_ids = self.token_ids.to(weight.device)
-        capacity = min(self.context, self.token_ids.shape[1])
-        self.cache = KVCache(model.config, len(prompts), capacity, device=weight.device, dtype=weight.dtype)
-
-    @torch.inference_mode()
-    def logits(self) -> Tensor:
-        """(batch, vocab_size), for the token after the last of each text."""
-        starts = [window_start(length, self.context) for length in self.lengths]
-        moved = [row for row, start in enumerate(starts) if start != self.starts[row]]
-        self.starts = starts
-        if moved:
-            self._read_windows(moved)
-        return self.model(self.token_ids[:, self.end - 1 : self.end], self.cache)[:, -1]
-
-    def append(self, new: Tensor) -> None:
-        """Add token ids (batch,) to the texts; -1, which is no token, is read as 0 and left to the caller."""
-        self.token_ids[:, self.end] = new.clamp(min=0)
-        self.end += 1
-        self.lengths = [length + 1 for length in self.lengths]
-
-    def _read_windows(self, rows: list[int]) -> None:
-        """Fill the cache of these texts with their windows, all but the last token, which comes next for every text."""
-        device = self.token_ids.device
-        sizes = [length - start - 1 for length, start in zip(self.lengths, self.starts, strict=True)]
-        longest = max(sizes[row] for row in rows)
-        if longest > 0:
-            index = torch.tensor(rows, device=device)
-            begins = torch.tensor([self.end - 1 - sizes[row] for row in rows], device=device)
-            # What lies behind a shorter text is not masked: no earlier token sees it, and its keys are never read.
-            columns = (begins[:, None] + torch.arange(longest, device=device)).clamp(max=self.end - 1)
-            fresh = KVCache(self.model.config, len(rows), longest, device=device, dtype=self.cache.k.dtype)
-            self.model.hidden(self.token_ids[index[:, None], columns], fresh)
-            self.cache.k[:, index, :, :longest] = fresh.k
-            self.cache.v[:, index, :, :longest] = fresh.v
-        self.cache.set_seqlens(torch.tensor(sizes, dtype=torch.int32, device=device), max(sizes))
 
 
 class _Utf8Decoder:

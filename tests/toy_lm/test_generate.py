@@ -6,7 +6,9 @@ import torch
 import kernels
 import toy_lm
 from tests.toy_lm.conftest import CONTEXT, small_model
-from toy_lm.generate import EMPTY_PROMPT, LanguageModel, window_start
+from toy_lm import decode
+from toy_lm.decode import window_start
+from toy_lm.generate import EMPTY_PROMPT, LanguageModel
 from toy_lm.tokenizer import Tokenizer
 
 PROMPTS = ["the quick", "d", "the lazy dogs sleep under the old trees at", "", "the quick brown foxes jump 😀 über"]
@@ -99,37 +101,35 @@ def test_candidates_are_the_models_probabilities(lm: LanguageModel):
         token_ids.append(step.token_id)
 
 
-class Scripted(torch.nn.Module):
-    """Stands for a model: its logits make certain the token that comes next in `script`."""
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch):
+    """Makes the logits certain of the tokens of a script, one after the other; -1 stands for logits that are NaN."""
 
-    def __init__(self, model: torch.nn.Module, script: list[int]) -> None:
-        super().__init__()
-        self.model, self.config = model.model, model.config
-        self.script, self.step = script, 0
+    def follow(script: list[int]) -> None:
+        remaining = iter(script)
 
-    def hidden(self, token_ids, cache=None):
-        return token_ids
+        def decode_step(token_ids, positions, k_cache, v_cache, weights, *, norm_eps):
+            logits = torch.zeros(len(token_ids), len(weights.embedding), device=token_ids.device)
+            token_id = next(remaining)
+            logits[:, token_id] = 100.0 if token_id >= 0 else 0.0
+            return logits if token_id >= 0 else logits * float("nan")
 
-    def forward(self, token_ids, cache=None):
-        logits = torch.zeros(token_ids.shape[0], 1, self.config.vocab_size, device=token_ids.device)
-        logits[..., self.script[self.step]] = float("inf") if self.script[self.step] < 0 else 100.0
-        self.step += 1
-        return logits
+        monkeypatch.setattr(decode.kernels, "decode_step", decode_step)
+        monkeypatch.setattr(decode, "_STEPS_BEFORE_CAPTURE", 1000)  # a script is no graph
 
-
-def scripted(lm: LanguageModel, script: list[int]) -> LanguageModel:
-    return LanguageModel(Scripted(lm.model, script), lm.tokenizer)  # type: ignore[arg-type]
+    return follow
 
 
-def test_a_character_is_never_streamed_by_halves(lm: LanguageModel):
+def test_a_character_is_never_streamed_by_halves(lm: LanguageModel, scripted):
     text = "ü😀é"
     names = {lm.tokenizer.token_bytes(token_id): token_id for token_id in range(lm.tokenizer.vocab_size)}
     script = [names[bytes([byte])] for byte in text.encode()]
-    pieces = list(scripted(lm, script).stream("the", max_new_tokens=len(script)))
-    assert pieces == ["ü", "😀", "é"]
-    assert scripted(lm, script).generate("the", max_new_tokens=len(script) - 1) == ["ü😀"]
-    invalid = [names[b"\xff"], names[b"a"]]
-    assert scripted(lm, invalid).generate("the", max_new_tokens=2) == ["\ufffda"]
+    scripted(script)
+    assert list(lm.stream("the", max_new_tokens=len(script))) == ["ü", "😀", "é"]
+    scripted(script)
+    assert lm.generate("the", max_new_tokens=len(script) - 1) == ["ü😀"]
+    scripted([names[b"\xff"], names[b"a"]])
+    assert lm.generate("the", max_new_tokens=2) == ["\ufffda"]
 
 
 def test_ids_beyond_the_tokenizer_never_come_out(lm: LanguageModel):
@@ -140,13 +140,28 @@ def test_ids_beyond_the_tokenizer_never_come_out(lm: LanguageModel):
         assert step.token_id < 256
 
 
-def test_logits_that_are_not_finite(lm: LanguageModel):
+def test_logits_that_are_not_finite(lm: LanguageModel, scripted):
     for generate in (
-        lambda model: model.generate("the", max_new_tokens=4, num_samples=2),
-        lambda model: list(model.stream("the", max_new_tokens=4)),
+        lambda: lm.generate("the", max_new_tokens=4, num_samples=2),
+        lambda: list(lm.stream("the", max_new_tokens=4)),
     ):
+        scripted([5, 5, -1, 5])
         with pytest.raises(FloatingPointError, match="not finite at new token"):
-            generate(scripted(lm, [5, 5, -1, 5]))
+            generate()
+
+
+def test_streams_do_not_disturb_each_other(lm: LanguageModel):
+    """Two at once with the same settings, and others before and after."""
+    expected = [lm.generate(prompt, max_new_tokens=20, seed=1)[0] for prompt in PROMPTS[:2]]
+    streams = [lm.steps(prompt, max_new_tokens=20, seed=1) for prompt in PROMPTS[:2]]
+    texts = ["", ""]
+    for step_of_each in zip(*streams, strict=True):
+        texts = [text + step.text for text, step in zip(texts, step_of_each, strict=True)]
+    assert texts == expected
+    unfinished = lm.stream("d", max_new_tokens=20, seed=9)
+    next(unfinished)
+    unfinished.close()
+    assert lm.generate(PROMPTS[0], max_new_tokens=20, seed=1) == expected[:1]
 
 
 @pytest.mark.parametrize(

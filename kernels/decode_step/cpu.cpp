@@ -1,0 +1,312 @@
+// One step of a decoder on the CPU: a handful of passes over the weights, each split over the threads by output rows.
+//
+// Per layer, for every sequence b of the batch:
+//   1. qkv = W_qkv norm(x)                        rows of W_qkv
+//   2. q, k normalised and rotated; k, v cached; attention of q over the cache     (sequence, key head) pairs
+//   3. x = x + W_o attention                      rows of W_o
+//   4. hidden = silu(W_gate norm(x)) * W_up norm(x)     rows of W_gate and W_up together
+//   5. x = x + W_down hidden                      rows of W_down
+// and at the end logits = embedding norm(x).
+//
+// A product holds kRows weight rows against kColumns sequences in registers, so that a weight that was read serves every
+// sequence of the tile. An output is a sum over the inner dimension, lane by lane and then across lanes, in an order that
+// depends on neither the batch nor the number of threads. Weights and caches are fp32 or bf16, widened to fp32 when
+// loaded; everything else is fp32.
+//
+// Knows torch's stable ABI and the vectors of microkernels.h; knows nothing of how it is compiled (load.py).
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "flash_attention/microkernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kLanes = kWidth<float>;
+constexpr int kRows = 4, kColumns = kRegisters >= 32 ? 4 : 2;  // accumulators of a product's tile: kRows x kColumns
+constexpr int64_t kGrain = 1 << 14;  // multiplications that are worth another thread
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return torch::headeronly::BFloat16(x.bits, torch::headeronly::BFloat16::from_bits()); }
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, BFloat16* to) { to->bits = torch::headeronly::BFloat16(x).x; }
+
+inline Vec<float> widen(const float* p) { return load<float>(p); }
+
+inline Vec<float> widen(const BFloat16* p) {
+  typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
+  Half bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+}
+
+// The sum of x's lanes: halves added to halves, which takes a few vector operations where lane by lane takes kLanes.
+template <int kWide>
+inline float sum_of(const float* x) {
+  if constexpr (kWide == 1) {
+    return x[0];
+  } else {
+    float folded[kWide / 2];
+    for (int i = 0; i < kWide / 2; ++i) folded[i] = x[i] + x[i + kWide / 2];
+    return sum_of<kWide / 2>(folded);
+  }
+}
+
+inline float total(Vec<float> x) {
+#if !defined(TOY_LM_PLAIN) && defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float lanes[kLanes];
+  store(lanes, x);
+  return sum_of<kLanes>(lanes);
+#endif
+}
+
+template <class T>
+float dot(const T* w, const float* x, int64_t size) {
+  Vec<float> sum = broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) sum += widen(w + i) * load(x + i);
+  float rest = total(sum);
+  for (; i < size; ++i) rest += to_float(w[i]) * x[i];
+  return rest;
+}
+
+// out[r][c] = w[r] . x[c] for kR rows of weights and kC columns of activations, rows `stride` apart in both.
+template <int kR, int kC, class T>
+void multiply_tile(const T* w, int64_t w_stride, const float* x, int64_t size, float (&out)[kRows][kColumns]) {
+  Vec<float> sums[kR][kC] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    Vec<float> columns[kC];
+    for (int c = 0; c < kC; ++c) columns[c] = load(x + c * size + i);
+    for (int r = 0; r < kR; ++r) {
+      const Vec<float> row = widen(w + r * w_stride + i);
+      for (int c = 0; c < kC; ++c) sums[r][c] += row * columns[c];
+    }
+  }
+  for (int r = 0; r < kR; ++r) {
+    for (int c = 0; c < kC; ++c) {
+      out[r][c] = total(sums[r][c]);
+      for (int64_t j = i; j < size; ++j) out[r][c] += to_float(w[r * w_stride + j]) * x[c * size + j];
+    }
+  }
+}
+
+template <int kR, class T, class F>
+void multiply_rows(const T* w, int64_t w_stride, const float* x, int64_t batch, int64_t size, const F& use) {
+  float out[kRows][kColumns];
+  int64_t b = 0;
+  for (; b + kColumns <= batch; b += kColumns) {
+    multiply_tile<kR, kColumns>(w, w_stride, x + b * size, size, out);
+    for (int c = 0; c < kColumns; ++c) use(b + c, out, c);
+  }
+  for (; b < batch; ++b) {
+    multiply_tile<kR, 1>(w, w_stride, x + b * size, size, out);
+    use(b, out, 0);
+  }
+}
+
+// use(n, b, value) with value = w[n] . x[b], for all rows w [rows][size] and all x [batch][size].
+template <class T, class F>
+void multiply(const T* w, int64_t rows, const float* x, int64_t batch, int64_t size, const F& use) {
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (kRows * size));
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kRows; n < std::min(rows, end * kRows); n += kRows) {
+      if (n + kRows <= rows) {
+        multiply_rows<kRows>(w + n * size, size, x, batch, size, [&](int64_t b, auto& out, int c) {
+          for (int r = 0; r < kRows; ++r) use(n + r, b, out[r][c]);
+        });
+      } else {
+        for (int64_t m = n; m < rows; ++m)
+          multiply_rows<1>(w + m * size, size, x, batch, size, [&](int64_t b, auto& out, int c) { use(m, b, out[0][c]); });
+      }
+    }
+  });
+}
+
+// use(n, b, gate, up) with gate = w[n] . x[b] and up = w[rows + n] . x[b]: both products of a hidden unit at once.
+template <class T, class F>
+void multiply_pairs(const T* w, int64_t rows, const float* x, int64_t batch, int64_t size, const F& use) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / (2 * size));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      multiply_rows<2>(w + n * size, rows * size, x, batch, size,
+                       [&](int64_t b, auto& out, int c) { use(n, b, out[0][c], out[1][c]); });
+    }
+  });
+}
+
+// out = x / rms(x) * scale
+template <class T>
+void norm(const float* x, const T* scale, int64_t size, double eps, float* out) {
+  const float squares = dot(x, x, size);
+  const float factor = 1.0f / std::sqrt(squares / float(size) + float(eps));
+  for (int64_t i = 0; i < size; ++i) out[i] = x[i] * factor * to_float(scale[i]);
+}
+
+// Turns each pair (x_i, x_{i + head_dim / 2}) by its angle.
+void rotate(float* x, const float* cos, const float* sin, int64_t head_dim) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = x[i], second = x[i + half];
+    x[i] = first * cos[i] - second * sin[i];
+    x[i + half] = second * cos[i] + first * sin[i];
+  }
+}
+
+// softmax(q k^T / sqrt(head_dim)) v over the keys 0 to seqlen - 1; `p` has room for them.
+template <class T>
+void attend(const float* q, const T* k, const T* v, int64_t seqlen, int64_t head_dim, float* p, float* out) {
+  const float scale = float(kLog2E) / std::sqrt(float(head_dim));
+  float row_max = -std::numeric_limits<float>::infinity();
+  for (int64_t j = 0; j < seqlen; ++j) {
+    p[j] = scale * dot(k + j * head_dim, q, head_dim);
+    row_max = std::max(row_max, p[j]);
+  }
+  float row_sum = 0.0f;
+  for (int64_t j = 0; j < seqlen; j += kLanes) {
+    float lanes[kLanes];
+    const int count = int(std::min<int64_t>(kLanes, seqlen - j));
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? p[j + i] - row_max : -std::numeric_limits<float>::infinity();
+    const Vec<float> weights = exp2(load(lanes));
+    row_sum += total(weights);
+    store(lanes, weights);
+    std::memcpy(p + j, lanes, count * sizeof(float));
+  }
+  const float factor = 1.0f / row_sum;
+  int64_t d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) {
+    Vec<float> sums[4] = {};  // four chains of additions, so that one does not wait for the other
+    int64_t j = 0;
+    for (; j + 4 <= seqlen; j += 4)
+      for (int i = 0; i < 4; ++i) sums[i] += widen(v + (j + i) * head_dim + d) * p[j + i];
+    for (; j < seqlen; ++j) sums[0] += widen(v + j * head_dim + d) * p[j];
+    store(out + d, ((sums[0] + sums[1]) + (sums[2] + sums[3])) * factor);
+  }
+  for (; d < head_dim; ++d) {
+    float sum = 0.0f;
+    for (int64_t j = 0; j < seqlen; ++j) sum += to_float(v[j * head_dim + d]) * p[j];
+    out[d] = sum * factor;
+  }
+}
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+// The tensors of the op, and the sizes that follow from them.
+struct Arguments {
+  Tensor token_ids, positions, k_cache, v_cache, embedding, input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down,
+      final_norm, cos, sin;
+  double norm_eps;
+
+  int64_t num_layers() const { return k_cache.size(0); }
+  int64_t batch() const { return k_cache.size(1); }
+  int64_t num_kv_heads() const { return k_cache.size(2); }
+  int64_t capacity() const { return k_cache.size(3); }
+  int64_t head_dim() const { return k_cache.size(4); }
+  int64_t num_heads() const { return o.size(2) / head_dim(); }
+  int64_t model_dim() const { return embedding.size(1); }
+  int64_t mlp_dim() const { return down.size(2); }
+};
+
+// Pass 2: norms, rotation, cache and attention, from the projections qkv [batch][rows] to out [batch][heads * head_dim].
+template <class T>
+void attention_pass(const Arguments& a, int64_t layer, std::vector<float>& qkv, std::vector<float>& out) {
+  const int64_t head_dim = a.head_dim(), kv_heads = a.num_kv_heads(), heads = a.num_heads(), groups = heads / kv_heads;
+  const int64_t rows = (heads + 2 * kv_heads) * head_dim, capacity = a.capacity();
+  T* k_cache = static_cast<T*>(a.k_cache.mutable_data_ptr());
+  T* v_cache = static_cast<T*>(a.v_cache.mutable_data_ptr());
+  const T* q_norm = data<T>(a.q_norm) + layer * head_dim;
+  const T* k_norm = data<T>(a.k_norm) + layer * head_dim;
+  torch::stable::parallel_for(0, a.batch() * kv_heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> p(capacity);
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t b = pair / kv_heads, kv_head = pair % kv_heads, position = data<int32_t>(a.positions)[b];
+      const float* cos = data<float>(a.cos) + position * (head_dim / 2);
+      const float* sin = data<float>(a.sin) + position * (head_dim / 2);
+      float* k = &qkv[b * rows + (heads + kv_head) * head_dim];
+      const float* v = k + kv_heads * head_dim;
+      norm(k, k_norm, head_dim, a.norm_eps, k);
+      rotate(k, cos, sin, head_dim);
+      const int64_t cached = ((layer * a.batch() + b) * kv_heads + kv_head) * capacity * head_dim;
+      for (int64_t d = 0; d < head_dim; ++d) {
+        narrow(k[d], &k_cache[cached + position * head_dim + d]);
+        narrow(v[d], &v_cache[cached + position * head_dim + d]);
+      }
+      for (int64_t head = kv_head * groups; head < (kv_head + 1) * groups; ++head) {
+        float* q = &qkv[b * rows + head * head_dim];
+        norm(q, q_norm, head_dim, a.norm_eps, q);
+        rotate(q, cos, sin, head_dim);
+        attend(q, k_cache + cached, v_cache + cached, position + 1, head_dim, p.data(), &out[(b * heads + head) * head_dim]);
+      }
+    }
+  });
+}
+
+template <class T>
+Tensor run(const Arguments& a) {
+  const int64_t batch = a.batch(), dim = a.model_dim(), mlp_dim = a.mlp_dim(), vocab_size = a.embedding.size(0);
+  const int64_t attended = a.num_heads() * a.head_dim(), projected = a.qkv.size(1);
+  std::vector<float> x(batch * dim), normed(batch * dim), qkv(batch * projected), out(batch * attended), hidden(batch * mlp_dim);
+  for (int64_t b = 0; b < batch; ++b) {
+    const T* row = data<T>(a.embedding) + data<int64_t>(a.token_ids)[b] * dim;
+    for (int64_t i = 0; i < dim; ++i) x[b * dim + i] = to_float(row[i]);
+  }
+  const auto norm_all = [&](const T* scale) {
+    for (int64_t b = 0; b < batch; ++b) norm(&x[b * dim], scale, dim, a.norm_eps, &normed[b * dim]);
+  };
+  const auto add = [&](int64_t n, int64_t b, float value) { x[b * dim + n] += value; };
+  for (int64_t layer = 0; layer < a.num_layers(); ++layer) {
+    norm_all(data<T>(a.input_norm) + layer * dim);
+    multiply(data<T>(a.qkv) + layer * projected * dim, projected, normed.data(), batch, dim,
+             [&](int64_t n, int64_t b, float value) { qkv[b * projected + n] = value; });
+    attention_pass<T>(a, layer, qkv, out);
+    multiply(data<T>(a.o) + layer * dim * attended, dim, out.data(), batch, attended, add);
+    norm_all(data<T>(a.post_norm) + layer * dim);
+    multiply_pairs(data<T>(a.gate_up) + layer * 2 * mlp_dim * dim, mlp_dim, normed.data(), batch, dim,
+                   [&](int64_t n, int64_t b, float gate, float up) {
+                     hidden[b * mlp_dim + n] = gate / (1.0f + std::exp(-gate)) * up;
+                   });
+    multiply(data<T>(a.down) + layer * dim * mlp_dim, dim, hidden.data(), batch, mlp_dim, add);
+  }
+  norm_all(data<T>(a.final_norm));
+  Tensor logits = torch::stable::new_empty(a.embedding, {batch, vocab_size}, ScalarType::Float);
+  float* written = static_cast<float*>(logits.mutable_data_ptr());
+  multiply(data<T>(a.embedding), vocab_size, normed.data(), batch, dim,
+           [&](int64_t n, int64_t b, float value) { written[b * vocab_size + n] = value; });
+  return logits;
+}
+
+Tensor decode_step(Tensor token_ids, Tensor positions, Tensor k_cache, Tensor v_cache, Tensor embedding, Tensor input_norm,
+                   Tensor qkv, Tensor q_norm, Tensor k_norm, Tensor o, Tensor post_norm, Tensor gate_up, Tensor down,
+                   Tensor final_norm, Tensor cos, Tensor sin, double norm_eps) {
+  const Arguments a{token_ids, positions, k_cache, v_cache, embedding, input_norm, qkv, q_norm, k_norm,
+                    o, post_norm, gate_up, down, final_norm, cos, sin, norm_eps};
+  for (int64_t b = 0; b < a.batch(); ++b) {
+    const int64_t position = data<int32_t>(positions)[b], token = data<int64_t>(token_ids)[b];
+    STD_TORCH_CHECK(position >= 0 && position < std::min(a.capacity(), cos.size(0)), "positions: got ", position,
+                    " for sequence ", b, ", allowed are 0 to ", std::min(a.capacity(), cos.size(0)) - 1);
+    STD_TORCH_CHECK(token >= 0 && token < embedding.size(0), "token_ids: got ", token, " for sequence ", b,
+                    ", allowed are 0 to ", embedding.size(0) - 1);
+  }
+  return embedding.scalar_type() == ScalarType::Float ? run<float>(a) : run<BFloat16>(a);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }

@@ -1,0 +1,148 @@
+"""One whole step of a decoder as torch sees it: a token in, the next token's logits out, keys and values cached.
+
+    decode_step   embedding -> num_layers x [norm, q k v, rotary, cache, attention, o; norm, gate up, down] -> logits
+
+At batch 1 a step reads every weight once and computes next to nothing, so that its time is the memory's plus that of
+everything between: hundreds of small ops where it is written in torch, a handful of kernels here.
+
+The tensor's device picks the kernel: `cpu.cpp` registers itself, `bind_cuda` registers the Triton launchers, and
+`bind_reference` registers plain torch. Every kernel is given arguments that were checked here.
+
+Knows torch and its own folder; knows nothing of models beyond the layer that it computes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.decode_step import reference
+from kernels.load import ensure
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+_WEIGHTS = (
+    "Tensor embedding, Tensor input_norm, Tensor qkv, Tensor q_norm, Tensor k_norm, Tensor o, Tensor post_norm, "
+    "Tensor gate_up, Tensor down, Tensor final_norm, Tensor cos, Tensor sin"
+)
+_library = torch.library.Library("kernels", "FRAGMENT")
+_library.define(
+    "decode_step(Tensor token_ids, Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    f"{_WEIGHTS}, float norm_eps) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class DecodeWeights(NamedTuple):
+    """The weights of a decoder with RMSNorm, rotary positions, QK-norm, SwiGLU and tied embeddings (Qwen3's shape).
+
+    Contiguous, in one dtype, fp32 or bf16 (cos and sin: fp32). qkv has the rows of all query heads, then of all key
+    heads, then of all value heads; gate_up those of the gate, then those of the up projection.
+    """
+
+    embedding: Tensor  # (vocab_size, model_dim), also the head
+    input_norm: Tensor  # (num_layers, model_dim)
+    qkv: Tensor  # (num_layers, (num_heads + 2 num_kv_heads) * head_dim, model_dim)
+    q_norm: Tensor  # (num_layers, head_dim)
+    k_norm: Tensor  # (num_layers, head_dim)
+    o: Tensor  # (num_layers, model_dim, num_heads * head_dim)
+    post_norm: Tensor  # (num_layers, model_dim)
+    gate_up: Tensor  # (num_layers, 2 mlp_dim, model_dim)
+    down: Tensor  # (num_layers, model_dim, mlp_dim)
+    final_norm: Tensor  # (model_dim,)
+    cos: Tensor  # (max_seqlen, head_dim / 2) fp32
+    sin: Tensor  # (max_seqlen, head_dim / 2) fp32
+
+
+def decode_step(
+    token_ids: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    weights: DecodeWeights,
+    *,
+    norm_eps: float,
+) -> Tensor:
+    """Logits (batch, vocab_size) fp32 of the token after token_ids, each at its position; writes its keys and values.
+
+    token_ids         (batch,) int64
+    positions         (batch,) int32: how many tokens of the sequence are cached before this one; below the capacity
+                      and max_seqlen. Read by the kernel alone, so that nothing waits for the GPU
+    k_cache, v_cache  (num_layers, batch, num_kv_heads, capacity, head_dim), contiguous, in the weights' dtype; written
+                      at `positions`, read up to there
+    weights           see `DecodeWeights`
+
+    Sums are fp32 on every device. A sequence's logits do not depend on the batch around it. Has no derivatives.
+
+    Raises ValueError naming the argument, what it got and what it allows.
+    """
+    _check(token_ids, positions, k_cache, v_cache, weights)
+    ensure(token_ids.device.type)
+    return torch.ops.kernels.decode_step(token_ids, positions, k_cache, v_cache, *weights, norm_eps)
+
+
+def _check(token_ids: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, weights: DecodeWeights) -> None:
+    if k_cache.dim() != 5:
+        layout = "(num_layers, batch, num_kv_heads, capacity, head_dim)"
+        raise ValueError(f"k_cache: got {k_cache.dim()} dimensions {tuple(k_cache.shape)}, needs {layout}")
+    num_layers, batch, num_kv_heads, _, head_dim = k_cache.shape
+    vocab_size, model_dim = weights.embedding.shape
+    num_heads = weights.o.shape[-1] // head_dim
+    mlp_dim, max_seqlen = weights.down.shape[-1], weights.cos.shape[0]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"k_cache: got {num_kv_heads} heads, needs a divisor of the weights' {num_heads}")
+    expected = {
+        "embedding": (vocab_size, model_dim),
+        "input_norm": (num_layers, model_dim),
+        "qkv": (num_layers, (num_heads + 2 * num_kv_heads) * head_dim, model_dim),
+        "q_norm": (num_layers, head_dim),
+        "k_norm": (num_layers, head_dim),
+        "o": (num_layers, model_dim, num_heads * head_dim),
+        "post_norm": (num_layers, model_dim),
+        "gate_up": (num_layers, 2 * mlp_dim, model_dim),
+        "down": (num_layers, model_dim, mlp_dim),
+        "final_norm": (model_dim,),
+        "cos": (max_seqlen, head_dim // 2),
+        "sin": (max_seqlen, head_dim // 2),
+        "k_cache": k_cache.shape,
+        "v_cache": k_cache.shape,
+        "token_ids": (batch,),
+        "positions": (batch,),
+    }
+    tensors = {
+        **weights._asdict(),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "token_ids": token_ids,
+        "positions": positions,
+    }
+    special = {"cos": torch.float32, "sin": torch.float32, "token_ids": torch.int64, "positions": torch.int32}
+    dtype = weights.embedding.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"weights: got {dtype}, allowed are float32 and bfloat16")
+    for name, x in tensors.items():
+        if x.shape != expected[name]:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, needs {tuple(expected[name])}")
+        if x.dtype != special.get(name, dtype):
+            raise ValueError(f"{name}: got {x.dtype}, needs {special.get(name, dtype)}")
+        if x.device != token_ids.device:
+            raise ValueError(f"{name}: got device {x.device}, token_ids is on {token_ids.device}")
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: got strides {x.stride()}, needs a contiguous tensor")
+
+
+def _fake(token_ids, positions, k_cache, v_cache, embedding, *rest):
+    return token_ids.new_empty((token_ids.shape[0], embedding.shape[0]), dtype=torch.float32)
+
+
+torch.library.register_fake("kernels::decode_step", _fake, lib=_library)
+
+
+def bind_reference(library: torch.library.Library) -> None:
+    """Register plain torch for the device that `library` stands for."""
+    library.impl("decode_step", reference.decode_step)
+
+
+def bind_cuda(library: torch.library.Library) -> None:
+    """Register plain torch: there is no Triton kernel for this op."""
+    bind_reference(library)

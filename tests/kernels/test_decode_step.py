@@ -1,0 +1,139 @@
+"""decode_step against its definition in fp64: sizes that break tiles, both dtypes, unequal positions, batches."""
+
+import pytest
+import torch
+
+import kernels
+from kernels.decode_step import reference
+
+# num_layers, model_dim, num_heads, num_kv_heads, head_dim, mlp_dim, vocab_size, capacity
+SHAPES = [
+    (2, 32, 4, 2, 8, 48, 300, 24),
+    (1, 40, 6, 3, 20, 52, 301, 33),
+    (3, 128, 4, 4, 32, 256, 375, 130),
+    (2, 96, 3, 1, 64, 113, 257, 300),
+]
+EPS = 1e-6
+
+
+def arguments(shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: str):
+    """token_ids, positions, k_cache, v_cache, weights; what lies behind a position is NaN."""
+    num_layers, model_dim, num_heads, num_kv_heads, head_dim, mlp_dim, vocab_size, capacity = shape
+    generator = torch.Generator().manual_seed(batch)
+
+    def matrix(*size: int) -> torch.Tensor:
+        return (torch.randn(size, generator=generator) / size[-1] ** 0.5).to(device, dtype)
+
+    def scale(*size: int) -> torch.Tensor:
+        return (1.0 + 0.1 * torch.randn(size, generator=generator)).to(device, dtype)
+
+    angles = torch.outer(torch.arange(capacity).float(), 10_000 ** -(torch.arange(0, head_dim, 2) / head_dim))
+    weights = kernels.DecodeWeights(
+        embedding=torch.randn((vocab_size, model_dim), generator=generator).to(device, dtype),
+        input_norm=scale(num_layers, model_dim),
+        qkv=matrix(num_layers, (num_heads + 2 * num_kv_heads) * head_dim, model_dim),
+        q_norm=scale(num_layers, head_dim),
+        k_norm=scale(num_layers, head_dim),
+        o=matrix(num_layers, model_dim, num_heads * head_dim),
+        post_norm=scale(num_layers, model_dim),
+        gate_up=matrix(num_layers, 2 * mlp_dim, model_dim),
+        down=matrix(num_layers, model_dim, mlp_dim),
+        final_norm=scale(model_dim),
+        cos=angles.cos().to(device),
+        sin=angles.sin().to(device),
+    )
+    token_ids = torch.randint(vocab_size, (batch,), generator=generator).to(device)
+    positions = torch.randint(capacity, (batch,), generator=generator, dtype=torch.int32)
+    positions[0] = capacity - 1
+    positions[-1] = 0 if batch > 1 else positions[-1]
+    caches = torch.randn((2, num_layers, batch, num_kv_heads, capacity, head_dim), generator=generator)
+    unwritten = torch.arange(capacity) >= positions[:, None]  # (batch, capacity)
+    caches.masked_fill_(unwritten[None, None, :, None, :, None], float("nan"))
+    k_cache, v_cache = caches.to(device, dtype)
+    return token_ids, positions.to(device), k_cache, v_cache, weights
+
+
+def by_definition(token_ids, positions, k_cache, v_cache, weights, dtype: torch.dtype):
+    """On the CPU, computed in `dtype`: logits and caches."""
+    caches = [cache.cpu().to(dtype) for cache in (k_cache, v_cache)]
+    logits = reference.decode_step(
+        token_ids.cpu(), positions.cpu(), *caches, *(weight.cpu().to(dtype) for weight in weights), EPS
+    )
+    return logits.double(), *(cache.double() for cache in caches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 4, 9])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_definition(device: str, shape: tuple[int, ...], batch: int, dtype: torch.dtype):
+    given = arguments(shape, batch, dtype, device)
+    exact = by_definition(*given, torch.float64)
+    plain = by_definition(*given, dtype)
+    logits = kernels.decode_step(*given, norm_eps=EPS)
+    assert logits.shape == (batch, shape[6]) and logits.dtype == torch.float32
+    got = (logits.cpu().double(), given[2].cpu().double(), given[3].cpu().double())
+    for ours, theirs, truth in zip(got, plain, exact, strict=True):
+        written = ~truth.isnan()
+        assert torch.equal(ours.isnan(), ~written)  # nothing but the new keys and values was written
+        ours, theirs, truth = ours[written], theirs[written], truth[written]
+        rounding = torch.finfo(dtype).eps * truth.abs().max()
+        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sequence_does_not_depend_on_its_batch(device: str, dtype: torch.dtype):
+    token_ids, positions, k_cache, v_cache, weights = arguments(SHAPES[2], 7, dtype, device)
+    alone = []
+    for row in range(7):
+        caches = [cache[:, row : row + 1].clone() for cache in (k_cache, v_cache)]
+        one = slice(row, row + 1)
+        alone.append(kernels.decode_step(token_ids[one], positions[one], *caches, weights, norm_eps=EPS))
+    together = kernels.decode_step(token_ids, positions, k_cache, v_cache, weights, norm_eps=EPS)
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_opcheck():
+    token_ids, positions, k_cache, v_cache, weights = arguments(SHAPES[0], 2, torch.float32, "cpu")
+    kernels.load("cpu")
+    everything = (token_ids, positions, k_cache.nan_to_num(), v_cache.nan_to_num(), *weights, EPS)
+    torch.library.opcheck(torch.ops.kernels.decode_step.default, everything)
+
+
+@pytest.mark.gpu
+def test_graph_replay_equals_eager():
+    token_ids, positions, k_cache, v_cache, weights = arguments(SHAPES[2], 4, torch.bfloat16, "cuda")
+    caches = k_cache.nan_to_num(), v_cache.nan_to_num()
+    kernels.decode_step(token_ids, positions, *caches, weights, norm_eps=EPS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = kernels.decode_step(token_ids, positions, *caches, weights, norm_eps=EPS)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        token_ids.copy_(torch.randint(375, (4,), generator=generator))
+        positions.copy_(torch.randint(130, (4,), generator=generator))
+        graph.replay()
+        assert torch.equal(logits, kernels.decode_step(token_ids, positions, *caches, weights, norm_eps=EPS))
+
+
+def test_bad_arguments_are_named():
+    token_ids, positions, k_cache, v_cache, weights = arguments(SHAPES[0], 2, torch.float32, "cpu")
+    bad = {
+        "token_ids": (token_ids.int(), positions, k_cache, v_cache, weights),
+        "positions": (token_ids, positions[:1], k_cache, v_cache, weights),
+        "v_cache": (token_ids, positions, k_cache, v_cache.transpose(0, 1).contiguous().transpose(0, 1), weights),
+        "k_cache": (token_ids, positions, k_cache[0], v_cache, weights),
+        "qkv": (token_ids, positions, k_cache, v_cache, weights._replace(qkv=weights.qkv[:, 1:].contiguous())),
+        "down": (token_ids, positions, k_cache, v_cache, weights._replace(down=weights.down.double())),
+        "weights": (token_ids, positions, k_cache, v_cache, weights._replace(embedding=weights.embedding.half())),
+    }
+    for name, given in bad.items():
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            kernels.decode_step(*given, norm_eps=EPS)
+
+
+@pytest.mark.parametrize(("name", "value"), [("positions", 24), ("positions", -1), ("token_ids", 300)])
+def test_values_out_of_range_are_named_on_the_cpu(name: str, value: int):
+    token_ids, positions, k_cache, v_cache, weights = arguments(SHAPES[0], 2, torch.float32, "cpu")
+    {"token_ids": token_ids, "positions": positions}[name][1] = value
+    with pytest.raises((RuntimeError, IndexError)):
+        kernels.decode_step(token_ids, positions, k_cache, v_cache, weights, norm_eps=EPS)
