@@ -1,0 +1,550 @@
+"""FlashAttention backward on Hopper, in Triton's Gluon dialect: TMA, wgmma, warps that specialise, and no race.
+
+With P_ij = exp(softmax_scale q_i k_j - lse_i) recomputed from lse, and delta_i = sum_d O_id dO_id - dlse_i,
+
+    dV = P^T dO      dP = dO V^T      dS = P (dP - delta)      dQ = softmax_scale dS K      dK = softmax_scale dS^T Q
+
+One program owns 128 keys of one head and walks over the queries that see them (FlashAttention-2, arXiv:2307.08691,
+algorithm 2). Everything is transposed, keys first, so that P^T and dS^T go from the registers they are computed in
+straight into the products for dV and dK:
+
+    warp group      registers   role
+    consumer 0            240   keys  0 ..  63: dK and dV of them in registers, dS^T to shared memory, half of a dQ tile
+    consumer 1            240   keys 64 .. 127, the other half
+    producer (a warp)      24   TMA: K and V once, then Q, dO, lse and delta block by block, STAGES ahead
+    reducer (a warp)       24   TMA: adds the dQ tiles into an fp32 tensor in device memory
+
+dQ of one block of queries is a sum over all the programs that own keys it sees. A floating-point sum depends on its
+order, so they add in a fixed one: a counter for each block of queries says whose turn it is, the last keys first, and
+the reducer waits for it; the consumers meanwhile go on. Programs start in that same order, so each waits only for
+programs that started before it, and all end.
+
+What a consumer computes in one pass over a block i of queries, and which products run meanwhile:
+
+    hand dQ_{i-1} over          S_i
+    P = exp(S_i - lse)          dP
+    dS = P (dP - delta)         dV
+                                dK, then dQ_i at the beginning of the next pass
+
+    paper          here                          shape
+    K_j, V_j       k, v                          [64, HEAD_DIM]         shared memory, a half for each consumer
+    Q_i, dO_i      q, dout                       [BLOCK_M, HEAD_DIM]    shared memory
+    S^T, P^T, dS^T s, p, ds                      [64, BLOCK_M]          registers
+    dQ_i           dq                            [64, 64]               registers, half of [BLOCK_M, HEAD_DIM]
+    dK_j, dV_j     dk, dv                        [64, HEAD_DIM]         registers
+    L, D           lse (in log2 units), delta    [BLOCK_M]              shared memory
+
+Knows no window, softcap or packed documents: `supports` sends those to the portable kernel.
+"""
+
+import dataclasses
+
+import torch
+import triton
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.flash_attention.hopper import LOG2_E, ROWS, describe, new_barriers, new_ring, new_tile_ring, refusal
+
+BLOCK_N = gl.constexpr(128)  # keys of one program: 64 for each of two consumers
+ROW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+SQUARE_LAYOUT = gl.NVMMASharedLayout.get_default_for([ROWS.value, 64], gl.float32)
+SMALL_REGISTERS = gl.constexpr(24)  # of the producer and the reducer
+
+
+@builtin
+def async_add_shared_to_global(tensor_desc, coord, src, _semantic=None):
+    """Start TMA's reduction: the tile at `coord` in device memory += src. Gluon has the op, but no name for it."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def wait_until_added(one):
+    """Wait until this warp's reductions are done, where tma.store_wait waits only until they have read their source."""
+    return gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0;\nmov.b32 $0, $1;", "=r,r", [one], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def tile_coordinates(num_n_blocks, num_kv_heads):
+    """Which keys this program owns: (n_block, kv_head, batch). The last keys of a head start first."""
+    pair = gl.program_id(0) // num_n_blocks
+    n_block = num_n_blocks - 1 - gl.program_id(0) % num_n_blocks
+    return n_block, pair % num_kv_heads, pair // num_kv_heads
+
+
+@gluon.jit
+def first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr):
+    """The first block of queries with one that sees some of these keys, and the first whose queries see all of them."""
+    some = 0
+    full = 0
+    if CAUSAL:
+        offset = seqlen_k - seqlen_q
+        some = gl.minimum(gl.maximum(n_block * BLOCK_N - offset, 0) // BLOCK_M, num_m_blocks)
+        full = gl.minimum(gl.cdiv(gl.maximum((n_block + 1) * BLOCK_N - 1 - offset, 0), BLOCK_M), num_m_blocks)
+    # Keys past the end are zeros; unmasked, exp(0 - lse) may overflow.
+    full = gl.where((n_block + 1) * BLOCK_N > seqlen_k, num_m_blocks, full)
+    return some, full
+
+
+@gluon.jit
+def mask_probabilities(p, n_start, m_start, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """0 where the query does not see the key; causal is bottom-right aligned. Queries past the end have lse = inf."""
+    offs_n = n_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+    visible = (offs_n < seqlen_k)[:, None]
+    if CAUSAL:
+        offs_m = m_start + gl.arange(0, p.shape[1], layout=gl.SliceLayout(0, S_LAYOUT)) + (seqlen_k - seqlen_q)
+        visible = visible & (offs_n[:, None] <= offs_m[None, :])
+    return gl.where(visible, p, 0.0)
+
+
+@gluon.jit
+def multiply_dq(ds_tiles, k_halves, i, consumer_id: gl.constexpr, DQ_LAYOUT: gl.constexpr):
+    """This consumer's half of dQ_i = dS_i K, [64, 64]: half the columns (head_dim 128) or half the rows (64)."""
+    dq = warpgroup_mma_init(gl.zeros([ROWS, 64], gl.float32, DQ_LAYOUT))
+    for half in gl.static_range(2):
+        ds = ds_tiles.index((i & 1) * 2 + half)  # [64 keys, BLOCK_M]
+        k = k_halves.index(half)  # [64 keys, HEAD_DIM]
+        if k_halves.shape[2] == 128:
+            k = k.slice(consumer_id * 64, 64, dim=1)
+        else:
+            ds = ds.slice(consumer_id * 64, 64, dim=1)
+        dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=half > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def hand_over_dq(dq_ring, dq, i, consumer_id: gl.constexpr):
+    """Give this consumer's half of dQ_i to the reducer."""
+    dq_ring.acquire(2 * i + consumer_id).store(dq)
+    dq_ring.publish(2 * i + consumer_id)
+
+
+@gluon.jit
+def differentiate_block(
+    dk,
+    dv,
+    rings,
+    tiles,
+    i,
+    n_start,
+    m_start,
+    scale_log2,
+    seqlen_q,
+    seqlen_k,
+    masked,
+    consumer_id: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+    DQ_LAYOUT: gl.constexpr,
+):
+    """One pass of the main loop. dQ_i is left to the next pass: by then the other consumer has stored its dS."""
+    q_ring, dout_ring, row_ring, dq_ring = rings
+    k_halves, v_halves, ds_tiles, ds_full = tiles
+    BLOCK_M: gl.constexpr = q_ring.data.shape[1]
+    HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
+    DTYPE: gl.constexpr = k_halves.dtype
+    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, k_width=2)
+    COLUMN_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S_LAYOUT)
+
+    # dQ_{i-1}, once both consumers have stored their dS; in the first pass a product of nothing, thrown away.
+    mbarrier.wait(ds_full, (i - 1) & 1, pred=i > 0)
+    dq = multiply_dq(ds_tiles, k_halves, i - 1, consumer_id, DQ_LAYOUT)
+    q = q_ring.wait(i)
+    s = warpgroup_mma(k_halves.index(consumer_id), q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dq = warpgroup_mma_wait(1, deps=[dq])
+    if i > 0:
+        hand_over_dq(dq_ring, dq, i - 1, consumer_id)
+
+    dout = dout_ring.wait(i)
+    dp = warpgroup_mma(v_halves.index(consumer_id), dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    rows = row_ring.wait(i)
+    lse = rows.slice(0, BLOCK_M).load(COLUMN_LAYOUT)
+    s = warpgroup_mma_wait(1, deps=[s])
+    p = gl.exp2(s * scale_log2 - lse[None, :])
+    if masked:
+        p = mask_probabilities(p, n_start, m_start, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
+    p_operand = gl.convert_layout(p.to(DTYPE), A_LAYOUT)
+    dv = warpgroup_mma(p_operand, dout, dv, is_async=True)
+    if HEAD_DIM == 128:
+        dp = warpgroup_mma_wait(1, deps=[dp])
+    else:  # with BLOCK_M = 128 the registers of P are needed before dS
+        dp, dv, p_operand = warpgroup_mma_wait(0, deps=[dp, dv, p_operand])
+
+    delta = rows.slice(BLOCK_M, BLOCK_M).load(COLUMN_LAYOUT)
+    ds = (p * (dp - delta[None, :])).to(DTYPE)
+    ds_tiles.index((i & 1) * 2 + consumer_id).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(ds_full, count=1)
+    row_ring.release(i)
+    ds_operand = gl.convert_layout(ds, A_LAYOUT)
+    dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+    if HEAD_DIM == 128:
+        dv, p_operand = warpgroup_mma_wait(1, deps=[dv, p_operand])
+    dout_ring.release(i)
+    dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
+    q_ring.release(i)
+    return dk, dv
+
+
+@gluon.jit
+def consume(work, rings, tiles, kv_full, all_read, walk, consumer_id: gl.constexpr, CAUSAL: gl.constexpr):
+    """A consumer warpgroup: dK and dV of 64 keys, and half of every dQ tile of the program."""
+    dk_desc, dv_desc, softmax_scale = work
+    q_ring, _dout_ring, _row_ring, dq_ring = rings
+    k_halves, v_halves, ds_tiles, ds_full = tiles
+    num_n_blocks, num_m_blocks, num_kv_heads, heads_per_kv_head, seqlen_q, seqlen_k = walk
+    DTYPE: gl.constexpr = k_halves.dtype
+    BLOCK_M: gl.constexpr = q_ring.data.shape[1]
+    HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
+    )
+    DKV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
+    )
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+
+    n_block, kv_head, batch = tile_coordinates(num_n_blocks, num_kv_heads)
+    m_some, m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
+    n_start = n_block * BLOCK_N + consumer_id * ROWS
+    scale_log2 = softmax_scale * LOG2_E
+    dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, DKV_LAYOUT)
+    dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, DKV_LAYOUT)
+    mbarrier.wait(kv_full, 0)
+    i = 0  # blocks of queries met so far, over all heads of the group
+    for _ in range(heads_per_kv_head):
+        for m_block in range(m_some, num_m_blocks):
+            dk, dv = differentiate_block(
+                dk, dv, rings, tiles, i, n_start, m_block * BLOCK_M, scale_log2, seqlen_q, seqlen_k,
+                m_block < m_full, consumer_id, CAUSAL, S_LAYOUT, DQ_LAYOUT,
+            )  # fmt: skip
+            i += 1
+    if i > 0:
+        mbarrier.wait(ds_full, (i - 1) & 1)
+        dq = multiply_dq(ds_tiles, k_halves, i - 1, consumer_id, DQ_LAYOUT)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        hand_over_dq(dq_ring, dq, i - 1, consumer_id)
+
+    # K and V are used up, K once both consumers have multiplied by it; their buffers carry the results to TMA.
+    mbarrier.arrive(all_read, count=1)
+    v_half = v_halves.index(consumer_id)
+    v_half.store(dv.to(DTYPE))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dv_desc, [batch, kv_head, n_start, 0], v_half)
+    mbarrier.wait(all_read, 0)
+    k_half = k_halves.index(consumer_id)
+    k_half.store((dk * softmax_scale).to(DTYPE))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dk_desc, [batch, kv_head, n_start, 0], k_half)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def produce(loads, rings, tiles, kv_full, walk, CAUSAL: gl.constexpr):
+    """The producer warp: K and V of this program, then the consumers' walk over the queries."""
+    q_desc, k_desc, v_desc, dout_desc, row_desc = loads
+    q_ring, dout_ring, row_ring, _dq_ring = rings
+    k_halves, v_halves, _ds_tiles, _ds_full = tiles
+    num_n_blocks, num_m_blocks, num_kv_heads, heads_per_kv_head, seqlen_q, seqlen_k = walk
+    BLOCK_M: gl.constexpr = q_ring.data.shape[1]
+    n_block, kv_head, batch = tile_coordinates(num_n_blocks, num_kv_heads)
+    m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
+    mbarrier.expect(kv_full, 4 * k_desc.block_type.nbytes)
+    for half in gl.static_range(2):
+        coord = [batch, kv_head, n_block * BLOCK_N + half * ROWS, 0]
+        tma.async_copy_global_to_shared(k_desc, coord, kv_full, k_halves.index(half))
+        tma.async_copy_global_to_shared(v_desc, coord, kv_full, v_halves.index(half))
+    i = 0
+    for group_head in range(heads_per_kv_head):
+        head = kv_head * heads_per_kv_head + group_head
+        first_row_block = (batch * num_kv_heads * heads_per_kv_head + head) * num_m_blocks
+        for m_block in range(m_some, num_m_blocks):
+            q_ring.fill(i, q_desc, [batch, head, m_block * BLOCK_M, 0])
+            row_ring.fill(i, row_desc, [(first_row_block + m_block) * 2 * BLOCK_M])
+            dout_ring.fill(i, dout_desc, [batch, head, m_block * BLOCK_M, 0])
+            i += 1
+
+
+@gluon.jit
+def reduce_dq(dq_desc, turn_ptr, rings, walk, CAUSAL: gl.constexpr):
+    """The reducer warp: adds this program's dQ tiles to those of the programs before it, when its turn has come."""
+    q_ring, _dout_ring, _row_ring, dq_ring = rings
+    num_n_blocks, num_m_blocks, num_kv_heads, heads_per_kv_head, seqlen_q, seqlen_k = walk
+    BLOCK_M: gl.constexpr = q_ring.data.shape[1]
+    HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
+    n_block, kv_head, batch = tile_coordinates(num_n_blocks, num_kv_heads)
+    m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
+    i = 0
+    for group_head in range(heads_per_kv_head):
+        pair = (batch * num_kv_heads + kv_head) * heads_per_kv_head + group_head
+        for m_block in range(m_some, num_m_blocks):
+            last_n_block = num_n_blocks - 1
+            if CAUSAL:
+                last_key = (m_block + 1) * BLOCK_M - 1 + seqlen_k - seqlen_q
+                last_n_block = gl.minimum(last_n_block, last_key // BLOCK_N)
+            turn = turn_ptr + pair * num_m_blocks + m_block
+            while gl.atomic_add(turn, 0, sem="acquire", scope="gpu") < last_n_block - n_block:
+                pass
+            for half in gl.static_range(2):
+                dq = dq_ring.wait(2 * i + half)
+                if HEAD_DIM == 128:
+                    async_add_shared_to_global(dq_desc, [pair, m_block * BLOCK_M, half * 64], dq)
+                else:
+                    async_add_shared_to_global(dq_desc, [pair, m_block * BLOCK_M + half * 64, 0], dq)
+            tma.store_wait(0)
+            for half in gl.static_range(2):
+                dq_ring.release(2 * i + half)
+            gl.atomic_add(turn, wait_until_added(1), sem="release", scope="gpu")
+            i += 1
+
+
+@gluon.jit(
+    do_not_specialize=["num_n_blocks", "num_m_blocks", "num_kv_heads", "heads_per_kv_head", "seqlen_q", "seqlen_k"]
+)
+def backward_kernel(
+    q_desc,  # tiles [BLOCK_M, HEAD_DIM] of q (batch, num_heads, seqlen_q, head_dim)
+    k_desc,  # tiles [64, HEAD_DIM] of k (batch, num_kv_heads, seqlen_k, head_dim)
+    v_desc,
+    dout_desc,  # as q_desc
+    row_desc,  # tiles [2 * BLOCK_M]: lse and delta of a block of queries
+    dq_desc,  # tiles [64, 64] of the sum (batch * num_heads, padded seqlen_q, head_dim) in fp32, zero at first
+    dk_desc,  # as k_desc
+    dv_desc,
+    turn_ptr,  # (batch * num_heads, num_m_blocks) int32: how many programs have added to a block's dQ; zero at first
+    softmax_scale,
+    num_n_blocks,
+    num_m_blocks,
+    num_kv_heads,
+    heads_per_kv_head,
+    seqlen_q,
+    seqlen_k,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    DTYPE: gl.constexpr = q_desc.dtype
+    BLOCK_M: gl.constexpr = q_desc.block_shape[2]
+    HEAD_DIM: gl.constexpr = q_desc.block_shape[3]
+    DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k_halves = gl.allocate_shared_memory(DTYPE, [2, ROWS, HEAD_DIM], k_desc.layout)
+    v_halves = gl.allocate_shared_memory(DTYPE, [2, ROWS, HEAD_DIM], v_desc.layout)
+    ds_tiles = gl.allocate_shared_memory(DTYPE, [2 * 2, ROWS, BLOCK_M], DS_LAYOUT)  # two passes x two consumers
+    q_ring = new_tile_ring(q_desc, STAGES, 2)
+    dout_ring = new_tile_ring(dout_desc, STAGES, 2)
+    row_ring = new_ring(gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], row_desc.layout), 2)
+    dq_ring = new_tile_ring(dq_desc, 2, 1)
+    kv_full = new_barriers(1, 1).index(0)
+    ds_full = new_barriers(1, 2).index(0)
+    all_read = new_barriers(1, 2).index(0)
+    fence_async_shared()  # the barriers, before TMA signals them
+    rings = (q_ring, dout_ring, row_ring, dq_ring)
+    tiles = (k_halves, v_halves, ds_tiles, ds_full)
+    walk = (num_n_blocks, num_m_blocks, num_kv_heads, heads_per_kv_head, seqlen_q, seqlen_k)
+    work = (dk_desc, dv_desc, softmax_scale)
+    loads = (q_desc, k_desc, v_desc, dout_desc, row_desc)
+    gl.warp_specialize(
+        [
+            (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(0), CAUSAL)),
+            (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(1), CAUSAL)),
+            (produce, (loads, rings, tiles, kv_full, walk, CAUSAL)),
+            (reduce_dq, (dq_desc, turn_ptr, rings, walk, CAUSAL)),
+        ],
+        [4, 1, 1],
+        [REGISTERS, SMALL_REGISTERS, SMALL_REGISTERS],
+    )
+
+
+@gluon.jit(do_not_specialize=["num_heads", "seqlen_q"])
+def prepare_kernel(
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    row_ptr,  # (batch * num_heads, num_m_blocks, 2, BLOCK_M)
+    stride_out_b,
+    stride_out_h,
+    stride_out_m,
+    stride_dout_b,
+    stride_dout_h,
+    stride_dout_m,
+    num_heads,
+    seqlen_q,
+    HAS_DLSE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+):
+    """delta = rowsum(out * dout) - dlse, and lse in log2 units; where no key is seen, or no row is, +inf: P = 0."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    m_block = gl.program_id(0)
+    pair = gl.program_id(1)
+    batch = (pair // num_heads).to(gl.int64)
+    head = (pair % num_heads).to(gl.int64)
+    offs = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
+    offs_m = (m_block * BLOCK_M + offs).to(gl.int64)
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
+    inside = offs_m < seqlen_q
+    out_row = out_ptr + batch * stride_out_b + head * stride_out_h
+    dout_row = dout_ptr + batch * stride_dout_b + head * stride_dout_h
+    out = gl.load(out_row + offs_m[:, None] * stride_out_m + offs_d[None, :], mask=inside[:, None], other=0.0)
+    dout = gl.load(dout_row + offs_m[:, None] * stride_dout_m + offs_d[None, :], mask=inside[:, None], other=0.0)
+    delta = gl.sum(out.to(gl.float32) * dout.to(gl.float32), axis=1)
+    lse = gl.load(lse_ptr + pair.to(gl.int64) * seqlen_q + offs_m, mask=inside, other=float("-inf"))
+    if HAS_DLSE:
+        delta -= gl.load(dlse_ptr + pair.to(gl.int64) * seqlen_q + offs_m, mask=inside, other=0.0)
+    lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    row = row_ptr + (pair * gl.num_programs(0) + m_block).to(gl.int64) * (2 * BLOCK_M) + offs
+    gl.store(row, lse)
+    gl.store(row + BLOCK_M, delta)
+
+
+@gluon.jit(do_not_specialize=["num_heads", "seqlen_q"])
+def finish_kernel(
+    sum_ptr,  # (batch * num_heads, num_m_blocks * BLOCK_M, HEAD_DIM) fp32
+    dq_ptr,
+    softmax_scale,
+    stride_dq_b,
+    stride_dq_h,
+    stride_dq_m,
+    num_heads,
+    seqlen_q,
+    BLOCK_M: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+):
+    """dq = softmax_scale * sum, rounded to dq's dtype."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [4, 1], [1, 0])
+    pair = gl.program_id(1)
+    batch = (pair // num_heads).to(gl.int64)
+    head = (pair % num_heads).to(gl.int64)
+    offs_m = (gl.program_id(0) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))).to(gl.int64)
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
+    inside = (offs_m < seqlen_q)[:, None]
+    sum_row = sum_ptr + pair.to(gl.int64) * (gl.num_programs(0) * BLOCK_M * HEAD_DIM)
+    dq = gl.load(sum_row + offs_m[:, None] * HEAD_DIM + offs_d[None, :], mask=inside)
+    dq_row = dq_ptr + batch * stride_dq_b + head * stride_dq_h
+    gl.store(
+        dq_row + offs_m[:, None] * stride_dq_m + offs_d[None, :],
+        (dq * softmax_scale).to(dq_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What one program multiplies by its 128 keys at a time: block_m queries, and how deep their rings are."""
+
+    block_m: int
+    stages: int
+    registers: int
+
+
+# By (head_dim, causal).
+TILES = {
+    (64, False): Tile(block_m=128, stages=2, registers=240),
+    (64, True): Tile(block_m=128, stages=2, registers=240),
+    (128, False): Tile(block_m=64, stages=2, registers=240),
+    (128, True): Tile(block_m=64, stages=2, registers=240),
+}
+
+
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, window_size: int, softcap: float
+) -> str | None:
+    """None if `backward` takes these arguments, else why not, in a few words."""
+    return refusal({"q": q, "k": k, "v": v}, softmax_scale, window_size, softcap)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    window_size: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), shaped as q, k and v, of arguments that `supports` takes. The same arguments give the same bits.
+
+    dout and out (batch, num_heads, seqlen_q, head_dim); lse and dlse (batch, num_heads, seqlen_q) fp32.
+    """
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if refusal({"q": q, "dout": dout}, softmax_scale, window_size, softcap):
+        dout = torch.empty_like(q).copy_(dout)  # its layout is autograd's choice, not the caller's
+    dlse = None if dlse is None else dlse.contiguous()
+    launch(dout, dlse, q, k, v, out, lse, dq, dk, dv, softmax_scale, causal, TILES[q.shape[-1], causal])
+    return dq, dk, dv
+
+
+def launch(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    tile: Tile,
+) -> None:
+    """Run the three kernels with a given tile."""
+    batch_size, num_heads, seqlen_q, head_dim = q.shape
+    num_kv_heads, seqlen_k = k.shape[1:3]
+    num_m_blocks = triton.cdiv(seqlen_q, tile.block_m)
+    num_n_blocks = triton.cdiv(seqlen_k, BLOCK_N.value)
+    num_pairs = batch_size * num_heads
+    rows = torch.empty(num_pairs * num_m_blocks * 2 * tile.block_m, dtype=torch.float32, device=q.device)
+    dq_sum = torch.zeros(num_pairs, num_m_blocks * tile.block_m, head_dim, dtype=torch.float32, device=q.device)
+    turn = torch.zeros(num_pairs, num_m_blocks, dtype=torch.int32, device=q.device)
+
+    prepare_kernel[(num_m_blocks, num_pairs)](
+        out, dout, lse, lse if dlse is None else dlse, rows, *out.stride()[:3], *dout.stride()[:3],
+        num_heads, seqlen_q, dlse is not None, tile.block_m, head_dim,
+    )  # fmt: skip
+    backward_kernel[(num_n_blocks * batch_size * num_kv_heads,)](
+        describe(q, tile.block_m),
+        describe(k, ROWS.value),
+        describe(v, ROWS.value),
+        describe(dout, tile.block_m),
+        TensorDescriptor(rows, [rows.numel()], [1], [2 * tile.block_m], ROW_LAYOUT),
+        TensorDescriptor(dq_sum, list(dq_sum.shape), list(dq_sum.stride()), [1, ROWS.value, 64], SQUARE_LAYOUT),
+        describe(dk, ROWS.value),
+        describe(dv, ROWS.value),
+        turn,
+        softmax_scale,
+        num_n_blocks,
+        num_m_blocks,
+        num_kv_heads,
+        num_heads // num_kv_heads,
+        seqlen_q,
+        seqlen_k,
+        tile.stages,
+        causal,
+        tile.registers,
+        num_warps=4,  # of one warpgroup: the others are added by gl.warp_specialize
+    )
+    finish_kernel[(num_m_blocks, num_pairs)](
+        dq_sum, dq, softmax_scale, *dq.stride()[:3], num_heads, seqlen_q, tile.block_m, head_dim
+    )

@@ -1,0 +1,407 @@
+"""FlashAttention forward on Hopper, in Triton's Gluon dialect: TMA, wgmma, and warps that specialise.
+
+For each row i of S = softmax_scale Q K^T, with the sum over the keys that the row sees:
+
+    lse_i = log sum_j exp(S_ij)          O_i = sum_j exp(S_ij - lse_i) V_j
+
+computed a block of keys at a time, as in FlashAttention-2 (arXiv:2307.08691, algorithm 1): a running maximum m and a
+running sum l, what came before rescaled by alpha = exp(m_old - m_new) when the maximum grows. Exponentials are powers
+of two, with log2(e) in the scale.
+
+Who does what (FlashAttention-3, arXiv:2407.08608, algorithms 1 and 2). One program owns CONSUMERS x 64 queries of one
+head, and walks over that head's keys from the last visible block to the first:
+
+    warp group      registers   role
+    consumer 0            240   queries   0 ..  63: both matrix products and the softmax
+    consumer 1            240   queries  64 .. 127, the same
+    producer (a warp)      24   TMA: its queries once, then K and V block by block, STAGES ahead
+
+Two overlaps keep the matrix unit busy while exponentials are computed:
+
+    within a consumer    S_j = Q K_j^T is started before O += P_{j-1} V_{j-1}, so that softmax(S_j) runs beside the
+                         latter
+    between consumers    they take turns (the barriers `turn`): one's matrix products are queued while the other is
+                         at its softmax ("ping-pong")
+
+A program works through several tiles of queries (a persistent grid); the heavy ones, last in causal order, go first.
+
+    paper     here                          shape
+    Q_i       q                             [64, HEAD_DIM]        shared memory
+    K_j, V_j  k, v                          [BLOCK_N, HEAD_DIM]   shared memory
+    S, P      s, p                          [64, BLOCK_N]         registers
+    O         acc                           [64, HEAD_DIM]        registers
+    m, l      row_max, row_sum              [64]                  registers
+    T_c       n_blocks                      blocks of keys that the tile sees
+
+Knows no window, softcap or packed documents: `supports` sends those to the portable kernel.
+"""
+
+import dataclasses
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.flash_attention.hopper import LOG2_E, ROWS, describe, new_barriers, new_tile_ring, refusal
+
+LN_2 = gl.constexpr(0.6931471805599453)
+PRODUCER_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def tile_coordinates(tile, num_heads, num_m_blocks, num_pairs, heads_per_group, CAUSAL: gl.constexpr):
+    """Which queries a tile of work holds: (m_block, head, batch).
+
+    A pair is one head of one sequence. `heads_per_group` pairs, whose keys fit in the L2 cache together, are walked
+    side by side; with a causal mask from their last queries, which see the most keys, to their first.
+    """
+    group_tiles = heads_per_group * num_m_blocks
+    first_pair = tile // group_tiles * heads_per_group
+    pairs_here = gl.minimum(heads_per_group, num_pairs - first_pair)
+    m_block = tile % group_tiles // pairs_here
+    if CAUSAL:
+        m_block = num_m_blocks - 1 - m_block
+    pair = first_pair + tile % group_tiles % pairs_here
+    return m_block, pair % num_heads, pair // num_heads
+
+
+@gluon.jit
+def count_n_blocks(m_block, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """How many blocks of keys some query of the tile sees, and how many of them every query sees wholly.
+
+    At least one is counted: a tile that sees no key masks that block out, and ends with out 0 and lse -inf.
+    """
+    seen_by_last = seqlen_k
+    seen_by_first = seqlen_k
+    if CAUSAL:
+        seen_by_last = gl.minimum(seqlen_k, (m_block + 1) * BLOCK_M + seqlen_k - seqlen_q)
+        seen_by_first = gl.minimum(seqlen_k, gl.maximum(m_block * BLOCK_M + 1 + seqlen_k - seqlen_q, 0))
+    n_blocks = gl.maximum(gl.cdiv(seen_by_last, BLOCK_N), 1)
+    return n_blocks, gl.minimum(seen_by_first // BLOCK_N, n_blocks - 1)
+
+
+@gluon.jit
+def mask_scores(s, row, n_start, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """-inf where the query does not see the key; causal is bottom-right aligned."""
+    offs_n = n_start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S_LAYOUT))
+    visible = (offs_n < seqlen_k)[None, :]
+    if CAUSAL:
+        offs_m = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT)) + (seqlen_k - seqlen_q)
+        visible = visible & (offs_n[None, :] <= offs_m[:, None])
+    return gl.where(visible, s, float("-inf"))
+
+
+@gluon.jit
+def online_softmax(s, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
+    """Lines 9 and 10 of FlashAttention-2's algorithm 1: P, the new maximum and sum, and the rescale of the old ones."""
+    new_max = gl.maximum(row_max, gl.max(s, axis=1))
+    shift = new_max * scale_log2
+    if MASKED:
+        shift = gl.where(new_max == float("-inf"), 0.0, shift)  # no key seen yet: -inf - 0, not -inf + inf
+    alpha = gl.exp2(row_max * scale_log2 - shift)
+    p = gl.exp2(s * scale_log2 - shift[:, None])
+    return p, new_max, row_sum * alpha + gl.sum(p, axis=1), alpha
+
+
+@gluon.jit
+def attend_block(
+    acc,
+    p,
+    row_max,
+    row_sum,
+    q,
+    k_ring,
+    v_ring,
+    turn,
+    j,
+    turns,
+    row,
+    n_start,
+    scale_log2,
+    seqlen_q,
+    seqlen_k,
+    consumer_id: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    MASKED: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+):
+    """One pass of the main loop: S_j, beside it O += P_{j-1} V_{j-1}, then softmax(S_j), all of one consumer."""
+    BLOCK_N: gl.constexpr = k_ring.data.shape[1]
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    k = k_ring.wait(j)
+    if PING_PONG:
+        mbarrier.wait(turn.index(consumer_id), (turns & 1) ^ (1 if consumer_id == 0 else 0))
+    s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    v = v_ring.wait(j - 1)
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    if PING_PONG:
+        mbarrier.arrive(turn.index((consumer_id + 1) % CONSUMERS), count=1)
+
+    s = warpgroup_mma_wait(1, deps=[s])
+    k_ring.release(j)
+    if MASKED:
+        s = mask_scores(s, row, n_start, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
+    p_next, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2, MASKED)
+
+    # The next keys are due anyway. Waiting for them here, a branch, keeps ptxas from moving the wait below, and with it
+    # the end of P V, ahead of the exponentials.
+    STAGES: gl.constexpr = k_ring.data.shape[0]
+    mbarrier.wait(k_ring.full.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1, pred=n_start > 0)
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    v_ring.release(j - 1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return acc, gl.convert_layout(p_next.to(p.dtype), p.type.layout), row_max, row_sum
+
+
+@gluon.jit
+def consume(
+    work,
+    walk,
+    consumer_id: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):
+    """A consumer warpgroup: attention of 64 queries of each of this program's tiles."""
+    out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, scale_log2 = work
+    num_m_blocks, num_heads, num_pairs, heads_per_group, seqlen_q, seqlen_k = walk
+    BLOCK_N: gl.constexpr = k_ring.data.shape[1]
+    HEAD_DIM: gl.constexpr = k_ring.data.shape[2]
+    DTYPE: gl.constexpr = out_desc.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
+    )
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, k_width=2)
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+
+    j = 0  # blocks of keys met so far, over all tiles
+    for tile in range(gl.program_id(0), num_m_blocks * num_pairs, gl.num_programs(0)):
+        m_block, head, batch = tile_coordinates(tile, num_heads, num_m_blocks, num_pairs, heads_per_group, CAUSAL)
+        tiles = tile // gl.num_programs(0)  # this program's earlier ones
+        n_blocks, n_full = count_n_blocks(m_block, seqlen_q, seqlen_k, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
+        row = (m_block * CONSUMERS + consumer_id) * ROWS
+        q = q_ring.wait(tiles * CONSUMERS + consumer_id)
+
+        # The first block of keys, the last in order, has no P V to run beside.
+        k = k_ring.wait(j)
+        s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        k_ring.release(j)
+        j += 1
+        s = mask_scores(s, row, (n_blocks - 1) * BLOCK_N, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
+        row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
+        row_sum = gl.full([ROWS], 0.0, gl.float32, ROW_LAYOUT)
+        p, row_max, row_sum, _alpha = online_softmax(s, row_max, row_sum, scale_log2, True)
+        p = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, ACC_LAYOUT)
+
+        for n_block in range(n_blocks - 2, n_full - 1, -1):
+            acc, p, row_max, row_sum = attend_block(
+                acc, p, row_max, row_sum, q, k_ring, v_ring, turn, j, j - tiles - 1, row, n_block * BLOCK_N, scale_log2,
+                seqlen_q, seqlen_k, consumer_id, CONSUMERS, CAUSAL, True, PING_PONG, S_LAYOUT,
+            )  # fmt: skip
+            j += 1
+        for n_block in range(n_full - 1, -1, -1):
+            acc, p, row_max, row_sum = attend_block(
+                acc, p, row_max, row_sum, q, k_ring, v_ring, turn, j, j - tiles - 1, row, n_block * BLOCK_N, scale_log2,
+                seqlen_q, seqlen_k, consumer_id, CONSUMERS, CAUSAL, False, PING_PONG, S_LAYOUT,
+            )  # fmt: skip
+            j += 1
+
+        v = v_ring.wait(j - 1)
+        acc = warpgroup_mma(p, v, acc, is_async=True)
+        acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+        v_ring.release(j - 1)
+
+        # O / l and lse = m + log l; the row that saw no key has l = 0.
+        blind = row_sum == 0.0
+        inverse = gl.where(blind, 0.0, 1.0 / row_sum)
+        out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
+        q.store(out.to(DTYPE))  # the queries are used up; their buffer carries the result to TMA
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [batch, head, row, 0], q)
+        lse = gl.where(blind, float("-inf"), (row_max * scale_log2 + gl.log2(row_sum)) * LN_2)
+        offs_m = row + gl.arange(0, ROWS, layout=ROW_LAYOUT)
+        lse_row = lse_ptr + (batch * num_heads + head).to(gl.int64) * seqlen_q
+        gl.store(lse_row + offs_m, lse, mask=offs_m < seqlen_q)
+        tma.store_wait(0)
+        q_ring.release(tiles * CONSUMERS + consumer_id)
+
+
+@gluon.jit
+def produce(loads, walk, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr):
+    """The producer warp: the same walk as the consumers', each tile requested as soon as its buffer is free."""
+    q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, heads_per_kv_head = loads
+    num_m_blocks, num_heads, num_pairs, heads_per_group, seqlen_q, seqlen_k = walk
+    BLOCK_N: gl.constexpr = k_ring.data.shape[1]
+    j = 0
+    for tile in range(gl.program_id(0), num_m_blocks * num_pairs, gl.num_programs(0)):
+        m_block, head, batch = tile_coordinates(tile, num_heads, num_m_blocks, num_pairs, heads_per_group, CAUSAL)
+        tiles = tile // gl.num_programs(0)  # this program's earlier ones
+        n_blocks, _n_full = count_n_blocks(m_block, seqlen_q, seqlen_k, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
+        kv_head = head // heads_per_kv_head
+        for i in gl.static_range(CONSUMERS):
+            q_ring.fill(tiles * CONSUMERS + i, q_desc, [batch, head, (m_block * CONSUMERS + i) * ROWS, 0])
+        for n_block in range(n_blocks - 1, -1, -1):
+            k_ring.fill(j, k_desc, [batch, kv_head, n_block * BLOCK_N, 0])
+            v_ring.fill(j, v_desc, [batch, kv_head, n_block * BLOCK_N, 0])
+            j += 1
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "num_heads",
+        "heads_per_kv_head",
+        "num_m_blocks",
+        "num_pairs",
+        "heads_per_group",
+        "seqlen_q",
+        "seqlen_k",
+    ]
+)
+def forward_kernel(
+    q_desc,  # tiles [64, HEAD_DIM] of q (batch, num_heads, seqlen_q, head_dim)
+    k_desc,  # tiles [BLOCK_N, HEAD_DIM] of k (batch, num_kv_heads, seqlen_k, head_dim)
+    v_desc,
+    out_desc,
+    lse_ptr,  # (batch, num_heads, seqlen_q)
+    scale_log2,  # softmax_scale * log2(e)
+    num_heads,
+    heads_per_kv_head,
+    num_m_blocks,
+    num_pairs,
+    heads_per_group,
+    seqlen_q,
+    seqlen_k,
+    CONSUMERS: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    q_ring = new_tile_ring(q_desc, Q_STAGES * CONSUMERS, 1)
+    k_ring = new_tile_ring(k_desc, STAGES, CONSUMERS)
+    v_ring = new_tile_ring(v_desc, STAGES, CONSUMERS)
+    turn = new_barriers(CONSUMERS, 1)
+    fence_async_shared()  # the barriers, before TMA signals them
+    walk = (num_m_blocks, num_heads, num_pairs, heads_per_group, seqlen_q, seqlen_k)
+    loads = (q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, heads_per_kv_head)
+    work = (out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, scale_log2)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (work, walk, gl.constexpr(0), CONSUMERS, CAUSAL, PING_PONG)),
+                (consume, (work, walk, gl.constexpr(1), CONSUMERS, CAUSAL, PING_PONG)),
+                (produce, (loads, walk, CONSUMERS, CAUSAL)),
+            ],
+            [4, 1],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (work, walk, gl.constexpr(0), CONSUMERS, CAUSAL, PING_PONG)),
+                (consume, (work, walk, gl.constexpr(1), CONSUMERS, CAUSAL, PING_PONG)),
+                (consume, (work, walk, gl.constexpr(2), CONSUMERS, CAUSAL, PING_PONG)),
+                (produce, (loads, walk, CONSUMERS, CAUSAL)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What one program works on at a time: consumers x 64 queries, block_n keys, and how deep its rings are."""
+
+    block_n: int
+    consumers: int
+    q_stages: int
+    stages: int
+    ping_pong: bool
+    registers: int
+
+
+# By (head_dim, causal).
+TILES = {
+    (64, False): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=True, registers=240),
+    (64, True): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=True, registers=240),
+    (128, False): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=True, registers=240),
+    (128, True): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=True, registers=240),
+}
+_L2_FOR_KEYS = 32 << 20  # bytes of the H200's 60 MB L2 cache that K and V of the heads in flight may take
+
+
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, window_size: int, softcap: float
+) -> str | None:
+    """None if `forward` takes these arguments, else why not, in a few words."""
+    return refusal({"q": q, "k": k, "v": v}, softmax_scale, window_size, softcap)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, window_size: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of arguments that `supports` takes.
+
+    q (batch, num_heads, seqlen_q, head_dim), k and v (batch, num_kv_heads, seqlen_k, head_dim), fp16 or bf16; out as q,
+    lse (batch, num_heads, seqlen_q) fp32.
+    """
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    launch(q, k, v, out, lse, softmax_scale, causal, TILES[q.shape[-1], causal])
+    return out, lse
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, causal: bool, tile: Tile
+) -> None:
+    """Run `forward_kernel` with a given tile."""
+    batch_size, num_heads, seqlen_q, head_dim = q.shape
+    num_kv_heads, seqlen_k = k.shape[1:3]
+    num_m_blocks = triton.cdiv(seqlen_q, tile.consumers * ROWS.value)
+    num_pairs = batch_size * num_heads
+    # Without a causal mask the queries of one head come one after the other: all of them share its keys.
+    heads_per_group = 1
+    if causal:
+        key_bytes = 2 * seqlen_k * head_dim * k.element_size()
+        heads_per_group = max(1, min(num_pairs, _L2_FOR_KEYS // key_bytes * (num_heads // num_kv_heads)))
+    programs = min(num_m_blocks * num_pairs, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    forward_kernel[(programs,)](
+        describe(q, ROWS.value),
+        describe(k, tile.block_n),
+        describe(v, tile.block_n),
+        describe(out, ROWS.value),
+        lse,
+        softmax_scale * LOG2_E.value,
+        num_heads,
+        num_heads // num_kv_heads,
+        num_m_blocks,
+        num_pairs,
+        heads_per_group,
+        seqlen_q,
+        seqlen_k,
+        tile.consumers,
+        tile.q_stages,
+        tile.stages,
+        causal,
+        tile.ping_pong,
+        tile.registers,
+        num_warps=4,  # of one warpgroup: the others are added by gl.warp_specialize
+    )
