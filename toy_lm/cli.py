@@ -93,6 +93,8 @@ def _add_train(jobs) -> None:
     job.add_argument("--resume", action="store_true", help="continue the run in --out")
     job.add_argument("--steps", type=int, help="how many steps in all, in place of the preset's")
     job.add_argument("--seed", type=int, help="of the weights and batches, in place of the preset's")
+    job.add_argument("--precision", default="auto", help="fp32, bf16, or auto: bf16 where the hardware is faster in it")
+    job.add_argument("--profile", action="store_true", help="write trace.json: where the time of a few steps went")
     job.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile; by default where there is a GPU"
     )
@@ -115,6 +117,8 @@ def _train(options: argparse.Namespace) -> None:
         seed=options.seed,
         steps=options.steps,
         compile=options.compile,
+        precision=options.precision,
+        profile=options.profile,
     )
     if result.interrupted:
         again = f"toy-lm train --corpus {options.corpus} --out {options.out} --resume"

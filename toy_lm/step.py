@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from toy_lm.config import TrainConfig
 from toy_lm.data import Windows
-from toy_lm.device import autocast_dtype
 from toy_lm.distributed import ALONE, Workers
 from toy_lm.model import Transformer
 from toy_lm.optimizer import Optimizer
@@ -33,6 +32,7 @@ class TrainStep:
     """Trains `model` on random windows, a step a call.
 
     rate         the learning rate of a step, a number
+    autocast     what matrices are multiplied in; None is fp32
     compile      fuse the layers' small ops with torch.compile
     workers      with whom each batch is shared out
 
@@ -48,6 +48,7 @@ class TrainStep:
         rate: Callable[[int], float],
         *,
         device: torch.device,
+        autocast: torch.dtype | None,
         compile: bool = False,
         workers: Workers = ALONE,
     ) -> None:
@@ -58,7 +59,7 @@ class TrainStep:
                 f"batch_size: got {config.batch_size}, needs a multiple of {workers.count} workers times "
                 f"grad_accumulation = {config.grad_accumulation}"
             )
-        self.autocast = autocast_dtype(device)
+        self.autocast = autocast
         if compile:
             for layer in model.model.layers:
                 layer.compile(fullgraph=True, dynamic=False)  # compiled once, used by each

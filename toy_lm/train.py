@@ -33,7 +33,7 @@ from tqdm import tqdm
 import kernels
 from toy_lm import checkpoint, data, distributed, report
 from toy_lm.config import ModelConfig, Preset, TrainConfig
-from toy_lm.device import pick_device
+from toy_lm.device import pick_device, training_dtype
 from toy_lm.distributed import Workers
 from toy_lm.model import Transformer
 from toy_lm.optimizer import Optimizer
@@ -67,6 +67,7 @@ class Execution:
 
     attention: str
     device: torch.device
+    autocast: torch.dtype | None
     compile: bool
     workers: Workers
 
@@ -82,6 +83,7 @@ def train(
     seed: int | None = None,
     steps: int | None = None,
     stop_after: int | None = None,
+    precision: str = "auto",
     compile: bool | None = None,
     profile: bool = False,
     log: Callable[[str], None] = tqdm.write,
@@ -93,6 +95,7 @@ def train(
     resume      continue the run in `out` as if it had never stopped; its own preset, seed and steps then hold
     seed        of the weights and the batches; None takes the preset's
     steps       how many steps in all; None takes the preset's
+    precision   "fp32", "bf16", or "auto": bf16 where the hardware multiplies it faster
     compile     fuse the small ops with torch.compile; None does so on CUDA where there is Triton
     profile     write trace.json, where the time of a few steps went, for chrome://tracing or ui.perfetto.dev
     stop_after  stop, with a checkpoint, once so many steps are done; None goes on to the end
@@ -110,7 +113,8 @@ def train(
     with distributed.workers(pick_device(device)) as (workers, where):
         if compile is None:
             compile = where.type == "cuda" and importlib.util.find_spec("triton") is not None
-        execution = Execution(attention=attention, device=where, compile=compile, workers=workers)
+        autocast = training_dtype(where, precision)
+        execution = Execution(attention=attention, device=where, autocast=autocast, compile=compile, workers=workers)
         if workers.rank > 0:
             log = _silent
         with workers.first_alone():
@@ -205,6 +209,7 @@ class Trainer:
             self.config,
             rate,
             device=device,
+            autocast=execution.autocast,
             compile=execution.compile,
             workers=self.workers,
         )

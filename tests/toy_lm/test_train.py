@@ -55,7 +55,7 @@ def _tiny(**changes):
 
 
 def _run(out, preset=TINY, corpus=CORPUS, **options):
-    return train(corpus, preset, out, **{"device": "cpu", "log": lambda line: None, **options})
+    return train(corpus, preset, out, **{"device": "cpu", "precision": "fp32", "log": lambda line: None, **options})
 
 
 def _weights(folder):
@@ -114,16 +114,28 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(whole, tmp_path, stop):
 
 def test_every_device_learns_the_same_and_resumes(whole, tmp_path, device):
     """On a GPU in bf16, from a captured graph, compiled: the CPU's losses but for bf16's rounding."""
-    _run(tmp_path / "run", device=device, stop_after=11)
-    _run(tmp_path / "run", device=device, resume=True)
+    precision = "fp32" if device == "cpu" else "bf16"
+    _run(tmp_path / "run", device=device, precision=precision, stop_after=11)
+    _run(tmp_path / "run", device=device, precision=precision, resume=True)
     for row, other in zip(_timeless(tmp_path / "run"), _timeless(whole[0]), strict=True):
         for name in ("train_loss", "validation_loss"):
             assert float(row[name]) == pytest.approx(float(other[name]), abs=0.0 if device == "cpu" else 0.02)
 
 
+def test_bf16_learns_what_fp32_does_and_resumes_to_the_bit(whole, tmp_path):
+    _run(tmp_path / "bf16", precision="bf16")
+    for row, other in zip(_timeless(tmp_path / "bf16"), _timeless(whole[0]), strict=True):
+        assert row["train_loss"] != other["train_loss"]
+        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), abs=0.02)
+    _run(tmp_path / "run", precision="bf16", stop_after=13)
+    _run(tmp_path / "run", precision="bf16", resume=True)
+    _assert_same_run(tmp_path / "run", tmp_path / "bf16")
+    assert {weight.dtype for weight in _weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
 def test_how_many_steps_are_laid_out_at_once_does_not_matter(whole, tmp_path, monkeypatch, device):
     monkeypatch.setattr(step, "TABLE", 5)
-    _run(tmp_path / "run", device=device)
+    _run(tmp_path / "run", device=device, precision="auto" if device == "cuda" else "fp32")
     for row, other in zip(_timeless(tmp_path / "run"), _timeless(whole[0]), strict=True):
         assert float(row["train_loss"]) == pytest.approx(
             float(other["train_loss"]), abs=0.0 if device == "cpu" else 0.02
@@ -323,6 +335,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_damaged(whole, tmp_path
         ),
         ({"out": tmp_path / "new", "attention": "fast"}, "attention: got 'fast', allowed are 'fused', 'classic'"),
         ({"out": tmp_path / "new", "device": "tpu"}, "device: got 'tpu', allowed are 'auto', 'cpu' and 'cuda'"),
+        ({"out": tmp_path / "new", "precision": "fp8"}, "precision: got 'fp8', allowed are 'auto', 'fp32' and 'bf16'"),
         ({"out": tmp_path / "new", "steps": 0}, "num_steps: got 0, needs 1 or more"),
     ]
     for options, message in cases:

@@ -30,7 +30,7 @@ from torch import Tensor
 import kernels
 from toy_lm import data
 from toy_lm.config import ModelConfig, Preset, TrainConfig, preset
-from toy_lm.device import pick_device
+from toy_lm.device import pick_device, training_dtype
 from toy_lm.model import Transformer
 from toy_lm.optimizer import Optimizer
 from toy_lm.step import TrainStep
@@ -93,6 +93,7 @@ def _this_project(chosen: Preset, windows: data.Windows, device: torch.device, s
         config,
         functools.partial(learning_rate, config=config),
         device=device,
+        autocast=training_dtype(device, "auto"),
         compile=device.type == "cuda",
     )
 
