@@ -63,7 +63,9 @@ int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Element types
 
-#if defined(__FLT16_MANT_DIG__)
+#if defined(__aarch64__)
+using Half = __fp16;
+#elif defined(__x86_64__) && defined(__FLT16_MANT_DIG__)
 using Half = _Float16;
 #else
 using Half = torch::headeronly::Half;
@@ -97,14 +99,17 @@ inline T narrow(A x) {
   }
 }
 
-template <class F>
+// Calls f with a value of the type that a dtype names; only with types that are computed in A.
+template <class A, class F>
 void visit(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: return f(double{});
-  }
+  if constexpr (std::is_same_v<A, double>)
+    return f(double{});
+  else if (dtype == ScalarType::Float)
+    return f(float{});
+  else if (dtype == ScalarType::Half)
+    return f(Half{});
+  else
+    return f(BFloat16{});
 }
 
 // Tensors as the kernels see them
@@ -131,7 +136,7 @@ struct Heads {
   int64_t batch_stride = 0, head_stride = 0;
 
   Heads() = default;
-  Heads(const Tensor& x, bool packed, bool has_dim) {
+  TOY_LM_NOINLINE Heads(const Tensor& x, bool packed, bool has_dim) {
     const auto strides = x.strides();
     first.data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
     first.dtype = x.scalar_type();
@@ -226,8 +231,8 @@ class Buffer {
 
 // block [padded_rows][block_row] = matrix[0:rows, 0:dims], zero beyond
 template <class A>
-void read_rows(const Matrix& matrix, int64_t rows, int64_t dims, A* block, int64_t block_row, int64_t padded_rows) {
-  visit(matrix.dtype, [&](auto zero) {
+TOY_LM_NOINLINE void read_rows(const Matrix& matrix, int64_t rows, int64_t dims, A* block, int64_t block_row, int64_t padded_rows) {
+  visit<A>(matrix.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t i = 0; i < rows; ++i) {
       const T* row = matrix.row<T>(i);
@@ -244,8 +249,8 @@ void read_rows(const Matrix& matrix, int64_t rows, int64_t dims, A* block, int64
 
 // matrix[0:rows, 0:dims] = factor * block, block [rows][block_row]
 template <class A>
-void write_rows(const Matrix& matrix, int64_t rows, int64_t dims, A factor, const A* block, int64_t block_row) {
-  visit(matrix.dtype, [&](auto zero) {
+TOY_LM_NOINLINE void write_rows(const Matrix& matrix, int64_t rows, int64_t dims, A factor, const A* block, int64_t block_row) {
+  visit<A>(matrix.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t i = 0; i < rows; ++i) {
       T* row = matrix.row<T>(i);
@@ -260,7 +265,7 @@ void write_rows(const Matrix& matrix, int64_t rows, int64_t dims, A factor, cons
 
 // matrix[0:rows, 0:dims] = factor * block^T, block [dims][kBlockM]
 template <int64_t kBlockM, class A>
-void write_transposed(const Matrix& matrix, int64_t rows, int64_t dims, A factor, const A* block) {
+TOY_LM_NOINLINE void write_transposed(const Matrix& matrix, int64_t rows, int64_t dims, A factor, const A* block) {
   alignas(64) A staged[kBlockM * kMaxHeadDim];  // [rows][staged_row]
   const int64_t staged_row = round_up(dims, kWidth<A>);
   transpose(block, kBlockM, dims, rows, staged, staged_row);
@@ -289,15 +294,15 @@ struct Operands<Plain<A>> {
   static Left<E> columns_in_place(const Matrix& block) { return {block.row<A>(0), 1, block.row_stride}; }
 
   // left [keys][head_dim], and the same seen as its transpose
-  static void pack_rows(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
+  TOY_LM_NOINLINE static void pack_rows(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
     read_rows(block, keys, head_dim, to, head_dim, keys);
   }
   static Left<E> packed_rows(const E* packed, int64_t head_dim) { return {packed, head_dim, 1}; }
-  static void pack_columns(const Matrix& block, int64_t keys, int64_t head_dim, E* to) { pack_rows(block, keys, head_dim, to); }
+  TOY_LM_NOINLINE static void pack_columns(const Matrix& block, int64_t keys, int64_t head_dim, E* to) { pack_rows(block, keys, head_dim, to); }
   static Left<E> packed_columns(const E* packed, int64_t head_dim) { return {packed, 1, head_dim}; }
 
   // right [head_dim][kBlockM] = sign * block^T
-  static void right_columns(const Matrix& block, int64_t rows, int64_t head_dim, bool negate, E* to) {
+  TOY_LM_NOINLINE static void right_columns(const Matrix& block, int64_t rows, int64_t head_dim, bool negate, E* to) {
     alignas(64) A staged[kBlockM * kMaxHeadDim];
     const A* from = staged;
     int64_t from_row = head_dim;
@@ -313,7 +318,7 @@ struct Operands<Plain<A>> {
   }
 
   // right [kBlockM][padded_dim] = block
-  static void right_rows(const Matrix& block, int64_t rows, int64_t head_dim, E* to) {
+  TOY_LM_NOINLINE static void right_rows(const Matrix& block, int64_t rows, int64_t head_dim, E* to) {
     read_rows(block, rows, head_dim, to, padded_dim(head_dim), kBlockM);
   }
 
@@ -351,13 +356,13 @@ struct Operands<Bf16Pairs<kBlockM>> {
   }
 
   // left [kBlockN][padded_dim]
-  static void pack_rows(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
+  TOY_LM_NOINLINE static void pack_rows(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
     copy(block, keys, head_dim, to, padded_dim(head_dim), kBlockN);
   }
   static Left<E> packed_rows(const E* packed, int64_t head_dim) { return {packed, padded_dim(head_dim), 1}; }
 
   // left [padded_dim][kBlockN]: the rows of two keys become pairs, and the pairs change places as 32-bit numbers.
-  static void pack_columns(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
+  TOY_LM_NOINLINE static void pack_columns(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
     alignas(64) uint32_t pairs[kBlockN / 2 * kMaxHeadDim];
     pair_rows(block, keys, head_dim, pairs, kBlockN);
     transpose(pairs, padded_dim(head_dim), kBlockN / 2, padded_dim(head_dim), reinterpret_cast<uint32_t*>(to), kBlockN / 2);
@@ -365,7 +370,7 @@ struct Operands<Bf16Pairs<kBlockM>> {
   static Left<E> packed_columns(const E* packed, int64_t) { return {packed, kBlockN, 1}; }
 
   // pairs [padded_rows / 2][padded_dim]: rows 2 i (lower halves) and 2 i + 1 (upper halves)
-  static void pair_rows(const Matrix& block, int64_t rows, int64_t head_dim, uint32_t* pairs, int64_t padded_rows) {
+  TOY_LM_NOINLINE static void pair_rows(const Matrix& block, int64_t rows, int64_t head_dim, uint32_t* pairs, int64_t padded_rows) {
     const int64_t width = padded_dim(head_dim);
     alignas(64) static constexpr E kZeros[kMaxHeadDim] = {};
     for (int64_t i = 0; i < padded_rows; i += 2, pairs += width) {
@@ -383,7 +388,7 @@ struct Operands<Bf16Pairs<kBlockM>> {
   }
 
   // right [padded_dim / 2][kBlockM][2] = sign * block^T
-  static void right_columns(const Matrix& block, int64_t rows, int64_t head_dim, bool negate, E* to) {
+  TOY_LM_NOINLINE static void right_columns(const Matrix& block, int64_t rows, int64_t head_dim, bool negate, E* to) {
     alignas(64) E staged[kBlockM * kMaxHeadDim];
     const int64_t width = padded_dim(head_dim);
     uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
@@ -394,7 +399,7 @@ struct Operands<Bf16Pairs<kBlockM>> {
   }
 
   // right [kBlockM / 2][padded_dim][2] = block
-  static void right_rows(const Matrix& block, int64_t rows, int64_t head_dim, E* to) {
+  TOY_LM_NOINLINE static void right_rows(const Matrix& block, int64_t rows, int64_t head_dim, E* to) {
     pair_rows(block, rows, head_dim, reinterpret_cast<uint32_t*>(to), kBlockM);
   }
 
@@ -419,7 +424,7 @@ struct KeyBlocks {
 
   static int64_t block_size(int64_t head_dim) { return kBlockN * Operands<M>::padded_dim(head_dim); }
 
-  Left<E> rows(int64_t n, Buffer<E>& scratch) const {
+  TOY_LM_NOINLINE Left<E> rows(int64_t n, Buffer<E>& scratch) const {
     if (packed) return Operands<M>::packed_rows(packed + n / kBlockN * block_size(head_dim), head_dim);
     if (Operands<M>::in_place(matrix)) return Operands<M>::rows_in_place(matrix.from(n));
     E* block = scratch.at_least(block_size(head_dim));
@@ -427,7 +432,7 @@ struct KeyBlocks {
     return Operands<M>::packed_rows(block, head_dim);
   }
 
-  Left<E> columns(int64_t n, Buffer<E>& scratch) const {
+  TOY_LM_NOINLINE Left<E> columns(int64_t n, Buffer<E>& scratch) const {
     if (packed) return Operands<M>::packed_columns(packed + n / kBlockN * block_size(head_dim), head_dim);
     if (Operands<M>::in_place(matrix)) return Operands<M>::columns_in_place(matrix.from(n));
     E* block = scratch.at_least(block_size(head_dim));
@@ -462,7 +467,7 @@ struct Scores {
   bool negate, capped;
   A factor, before_cap;
 
-  explicit Scores(const Options& options) : negate(options.softmax_scale < 0), capped(options.softcap > 0) {
+  TOY_LM_NOINLINE explicit Scores(const Options& options) : negate(options.softmax_scale < 0), capped(options.softcap > 0) {
     const double scale = std::abs(options.softmax_scale);
     factor = std::max<A>(static_cast<A>((capped ? options.softcap : scale) * kLog2E), std::numeric_limits<float>::min());
     before_cap = capped ? static_cast<A>(scale / options.softcap) : A{0};
@@ -471,7 +476,7 @@ struct Scores {
 
 // s = tanh(scale s / softcap), which `factor` multiplies by softcap. s [keys][kBlockM]
 template <int64_t kBlockM, class A>
-void soft_cap(A* s, int64_t keys, int64_t columns, A before_cap) {
+TOY_LM_NOINLINE void soft_cap(A* s, int64_t keys, int64_t columns, A before_cap) {
   for (int64_t n = 0; n < keys; ++n)
     for (int64_t j = 0; j < columns; j += kWidth<A>) {
       A* at = s + n * kBlockM + j;
@@ -486,7 +491,7 @@ bool needs_mask(const Visible& visible, int64_t row_begin, int64_t row_end, int6
 
 // s = -inf where the query does not see the key, and in lanes that hold no query. s [keys][kBlockM]
 template <int64_t kBlockM, class A>
-void mask(const Visible& visible, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t keys, int64_t columns, A* s) {
+TOY_LM_NOINLINE void mask(const Visible& visible, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t keys, int64_t columns, A* s) {
   constexpr int W = kWidth<A>;
   // Lane m sees the keys first + m <= n < last + m of this tile. Further off than a tile is as good as a tile off.
   const auto near = [&](int64_t x) { return static_cast<A>(std::clamp<int64_t>(x, -2 * (kBlockM + kBlockN), 2 * (kBlockM + kBlockN))); };
@@ -544,7 +549,7 @@ struct OnlineSoftmax {
   // row_max follows the greatest score only when that is far ahead (as in FlashAttention-4): the result is the same, and
   // most tiles need no rescaling. -inf - (-inf) is kept from happening here alone: a row that has seen no key takes 0
   // for its maximum, so that its weights are exp2(-inf) = 0.
-  bool update(const A* s, int64_t keys, int64_t columns, A factor, typename M::Element* p) {
+  TOY_LM_NOINLINE bool update(const A* s, int64_t keys, int64_t columns, A factor, typename M::Element* p) {
     constexpr int W = kWidth<A>;
     bool rescale = false;
     for (int64_t j = 0; j < columns; j += W) {
@@ -576,7 +581,7 @@ struct OnlineSoftmax {
 
   // Divides by the sums at last. lse in natural logarithms; in fp64 up to its end, because the backward pass takes every
   // weight from it.
-  void finish(int64_t rows, A factor, A* acc, int64_t head_dim, const Matrix& lse) {
+  TOY_LM_NOINLINE void finish(int64_t rows, A factor, A* acc, int64_t head_dim, const Matrix& lse) {
     constexpr int W = kWidth<A>;
     alignas(64) A logs[kBlockM];
     const int64_t columns = round_up(rows, W);
@@ -592,7 +597,7 @@ struct OnlineSoftmax {
   }
 
   // acc [head_dim][kBlockM] *= alpha
-  void scale_columns(A* acc, int64_t head_dim, int64_t columns) const {
+  TOY_LM_NOINLINE void scale_columns(A* acc, int64_t head_dim, int64_t columns) const {
     for (int64_t d = 0; d < head_dim; ++d)
       for (int64_t j = 0; j < columns; j += kWidth<A>) store(acc + d * kBlockM + j, load(acc + d * kBlockM + j) * load(alpha + j));
   }
@@ -735,7 +740,7 @@ struct BackwardHeads {
 // P^T = exp(S^T - lse) and dS^T = P^T * (dP^T - delta), s and dp [keys][kBlockM], keys even. p and ds are left operands,
 // ds_right is ds as a right one. A hidden key has s = -inf, and so p = ds = 0.
 template <class M>
-void softmax_backward(const typename M::Accumulator* s, const typename M::Accumulator* dp, const typename M::Accumulator* lse,
+TOY_LM_NOINLINE void softmax_backward(const typename M::Accumulator* s, const typename M::Accumulator* dp, const typename M::Accumulator* lse,
                       const typename M::Accumulator* delta, int64_t keys, int64_t columns, typename M::Accumulator factor,
                       bool capped, typename M::Element* p, typename M::Element* ds, typename M::Element* ds_right) {
   constexpr int64_t kBlockM = M::kBlockM;
@@ -760,7 +765,7 @@ void softmax_backward(const typename M::Accumulator* s, const typename M::Accumu
 
 // delta = rowsum(dO * O) - dlse, and lse in units of exp2; 0 in lanes that hold no query or one that sees no key.
 template <int64_t kBlockM, class A>
-void read_row_statistics(const Matrix& dout, const Matrix& out, const Matrix& lse, const Matrix* dlse, int64_t rows,
+TOY_LM_NOINLINE void read_row_statistics(const Matrix& dout, const Matrix& out, const Matrix& lse, const Matrix* dlse, int64_t rows,
                          int64_t head_dim, A* lse_to, A* delta) {
   alignas(64) A staged[2][kMaxHeadDim];
   const int64_t padded = round_up(head_dim, kWidth<A>);
@@ -1019,7 +1024,7 @@ void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_h
 
 // Where a softmax's parts were computed apart, out = sum of 2^(max_i - max) acc_i / sum of 2^(max_i - max) sum_i.
 template <class A>
-void combine_splits(const A* acc, const A* row_max, const A* row_sum, int64_t splits, int64_t rows, int64_t row,
+TOY_LM_NOINLINE void combine_splits(const A* acc, const A* row_max, const A* row_sum, int64_t splits, int64_t rows, int64_t row,
                     int64_t padded_dim, A factor, A* out) {
   constexpr A kHidden = -std::numeric_limits<A>::infinity();
   A greatest = kHidden, total{0};
@@ -1174,13 +1179,10 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_s
     problem.sequences.push_back({b, 0, 0, q.size(2), seqlens[b]});
   }
   if (q.numel() == 0) return torch::stable::empty_like(q);
-  if (problem.groups() * q.size(2) > kDecodeRows) return std::get<0>(run_forward(problem, q, k_cache, v_cache, false));
+  if (q.scalar_type() == ScalarType::Double || problem.groups() * q.size(2) > kDecodeRows)
+    return std::get<0>(run_forward(problem, q, k_cache, v_cache, false));
   Tensor out = torch::stable::empty_like(q);
-  const Heads q_heads(q, false, true), k_heads(k_cache, false, true), v_heads(v_cache, false, true), out_heads(out, false, true);
-  if (q.scalar_type() == ScalarType::Double)
-    decode_all<double>(problem, q_heads, k_heads, v_heads, out_heads);
-  else
-    decode_all<float>(problem, q_heads, k_heads, v_heads, out_heads);
+  decode_all<float>(problem, Heads(q, false, true), Heads(k_cache, false, true), Heads(v_cache, false, true), Heads(out, false, true));
   return out;
 }
 

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #if !defined(TOY_LM_PLAIN) && defined(__x86_64__)
 #include <immintrin.h>
@@ -26,6 +27,9 @@
 #include <unistd.h>
 #endif
 #endif
+
+// For functions that loop: inlined into every caller they would only make the build slow.
+#define TOY_LM_NOINLINE __attribute__((noinline))
 
 namespace {
 
@@ -205,36 +209,40 @@ inline Vec<double> log(Vec<double> x) {
 
 // Transposes
 
-// One round of a butterfly: exchanges the off-diagonal kStep x kStep squares of each 2 kStep x 2 kStep square.
+// From rows i (x) and i + kStep (y) of 2 kStep x 2 kStep squares: what row i holds (kUpper), or row i + kStep, once the
+// off-diagonal kStep x kStep squares have changed places.
+template <class E, int kStep, bool kUpper, size_t... kLane>
+inline Vec<E> exchange(Vec<E> x, Vec<E> y, std::index_sequence<kLane...>) {
+  constexpr int W = kWidth<E>;
+  constexpr auto source = [](int lane) {
+    return kUpper ? ((lane & kStep) ? W + (lane ^ kStep) : lane) : ((lane & kStep) ? W + lane : (lane ^ kStep));
+  };
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, source(kLane)...);
+#else
+  return __builtin_shuffle(x, y, Bits<E>{source(kLane)...});
+#endif
+}
+
+// Transposes a square of vectors by rounds of such exchanges, kStep = 1, 2, 4...
 template <class E, int kStep>
-inline void exchange_squares(Vec<E>* rows) {
+inline void transpose_square(Vec<E>* rows) {
   constexpr int W = kWidth<E>;
   if constexpr (kStep < W) {
-    Bits<E> upper{}, lower{};
-    for (int i = 0; i < W; ++i) {
-      upper[i] = (i & kStep) ? W + (i ^ kStep) : i;
-      lower[i] = (i & kStep) ? W + i : (i ^ kStep);
-    }
+#pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
       if (i & kStep) continue;
       const Vec<E> x = rows[i], y = rows[i | kStep];
-#if defined(__clang__)
-      for (int lane = 0; lane < W; ++lane) {
-        rows[i][lane] = upper[lane] < W ? x[upper[lane]] : y[upper[lane] - W];
-        rows[i | kStep][lane] = lower[lane] < W ? x[lower[lane]] : y[lower[lane] - W];
-      }
-#else
-      rows[i] = __builtin_shuffle(x, y, upper);
-      rows[i | kStep] = __builtin_shuffle(x, y, lower);
-#endif
+      rows[i] = exchange<E, kStep, true>(x, y, std::make_index_sequence<W>());
+      rows[i | kStep] = exchange<E, kStep, false>(x, y, std::make_index_sequence<W>());
     }
-    exchange_squares<E, kStep * 2>(rows);
+    transpose_square<E, kStep * 2>(rows);
   }
 }
 
 // to[c][r] = from[r][c] for r < rows, c < columns. In each row of `to`, up to the next whole vector, zeros follow.
 template <class E>
-void transpose(const E* from, int64_t from_row, int64_t rows, int64_t columns, E* to, int64_t to_row) {
+TOY_LM_NOINLINE void transpose(const E* from, int64_t from_row, int64_t rows, int64_t columns, E* to, int64_t to_row) {
   constexpr int W = kWidth<E>;
   Vec<E> tile[W];
   for (int64_t r = 0; r < rows; r += W)
@@ -248,7 +256,7 @@ void transpose(const E* from, int64_t from_row, int64_t rows, int64_t columns, E
           if (r + i < rows) std::memcpy(&tile[i], from + (r + i) * from_row + c, in_row * sizeof(E));
         }
       }
-      exchange_squares<E, 1>(tile);
+      transpose_square<E, 1>(tile);
       for (int i = 0; i < W && c + i < columns; ++i) store(to + (c + i) * to_row + r, tile[i]);
     }
 }
@@ -276,17 +284,24 @@ struct Plain {
   static inline void tile(int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* c, int64_t c_row, bool fresh) {
     constexpr int W = kWidth<A>;
     Vec<A> acc[kRows][kVectors];
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) acc[i][j] = fresh ? Vec<A>{} : load(c + i * c_row + j * W);
     for (int64_t l = 0; l < depth; ++l) {
       Vec<A> b_l[kVectors];
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) b_l[j] = load(b + l * b_row + j * W);
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const Vec<A> a_il = broadcast(a.data[i * a.row_stride + l * a.depth_stride]);
+#pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) acc[i][j] += a_il * b_l[j];
       }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) store(c + i * c_row + j * W, acc[i][j]);
   }
 
@@ -299,14 +314,16 @@ struct Plain {
   }
 
   // c [rows][columns] (+)= a [rows][depth] b [depth][columns]; columns is a multiple of the vector width.
-  static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* c,
+  TOY_LM_NOINLINE static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* c,
                        int64_t c_row, bool fresh) {
     constexpr int W = kWidth<A>, kVectors = kRegisters == 32 ? 4 : 2;
     int64_t j = 0;
-    for (; j + kVectors * W <= columns; j += kVectors * W) panel<kVectors>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
-    if (kVectors > 2 && j + 2 * W <= columns) {
-      panel<2>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
-      j += 2 * W;
+    if constexpr (std::is_same_v<A, float>) {  // fp64 is for checking gradients: less code for it
+      for (; j + kVectors * W <= columns; j += kVectors * W) panel<kVectors>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
+      if (kVectors > 2 && j + 2 * W <= columns) {
+        panel<2>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
+        j += 2 * W;
+      }
     }
     for (; j < columns; j += W) panel<1>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
   }
@@ -411,7 +428,7 @@ struct Bf16PairProducts {
     if (rows > 0) tile<1, kColumns>(depth, a, b, b_row, c, c_row, fresh);
   }
 
-  static void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<BFloat16>& a, const BFloat16* b,
+  TOY_LM_NOINLINE static void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<BFloat16>& a, const BFloat16* b,
                              int64_t b_row, float* c, int64_t c_row, bool fresh) {
     asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
     int64_t j = 0;
@@ -426,23 +443,30 @@ struct Bf16PairProducts {
   template <int kRows, int kVectors>
   static inline void dot_tile(int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool fresh) {
     __m512 acc[kRows][kVectors];
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) acc[i][j] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * c_row + j * 16);
     for (int64_t l = 0; l < depth; l += 2) {
       __m512bh b_l[kVectors];
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) b_l[j] = (__m512bh)_mm512_loadu_si512(b + l * b_row + j * 32);
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         int32_t pair;
         std::memcpy(&pair, a.data + i * a.row_stride + l, sizeof pair);
+#pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], (__m512bh)_mm512_set1_epi32(pair), b_l[j]);
       }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) _mm512_storeu_ps(c + i * c_row + j * 16, acc[i][j]);
   }
 
   // c [rows][columns] (+)= a [rows][depth] b [depth / 2][columns][2]; rows and columns are multiples of 16, depth of 32.
-  static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row,
+  TOY_LM_NOINLINE static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row,
                        float* c, int64_t c_row, bool fresh) {
 #if defined(TOY_LM_AMX)
     if (tiles_granted()) return multiply_tiles(rows, columns, depth, a, b, b_row, c, c_row, fresh);
