@@ -10,6 +10,9 @@ the cache: the first call (prefill) attends among its own tokens, later ones ove
 Knows kernels only through `import kernels`; knows nothing of text, files or training.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 import kernels
 from toy_lm.config import ModelConfig
 
-ATTENTION = {"fused": kernels.flash_attention, "classic": kernels.classic_attention}
+ATTENTION: dict[str, Callable[..., Any]] = {"fused": kernels.flash_attention, "classic": kernels.classic_attention}
 
 
 class KVCache:
@@ -59,6 +62,9 @@ class KVCache:
 class RotaryPositions(nn.Module):
     """Turns each pair (x_i, x_{i + head_dim / 2}) by position * theta^(-2i / head_dim). (RoFormer, arXiv:2104.09864)"""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -77,6 +83,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, with its scale in x's dtype: under autocast the two differ, for which torch has no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, attention: str) -> None:
         super().__init__()
@@ -86,8 +99,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.model_dim, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, positions: Tensor, prefill: bool
@@ -125,9 +138,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, attention: str) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.self_attn = Attention(config, attention)
-        self.post_attention_layernorm = nn.RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *context) -> Tensor:
@@ -142,7 +155,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.rotary = RotaryPositions(config)
 
 
