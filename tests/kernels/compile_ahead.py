@@ -10,6 +10,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 CAPABILITIES = (80, 89, 90, 100, 120)
@@ -24,11 +25,20 @@ class Resources:
     shared_bytes: int  # per program
 
 
-def compile_kernel(kernel: Any, signature: dict[str, str], constants: dict[str, Any], *, capability: int, **options):
+def compile_kernel(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    capability: int,
+    aligned: Sequence[int] = (),
+    **options,
+):
     """The compiled kernel (`.asm["ptx"]`, `.metadata`) for compute capability `capability`, such as 90.
 
     signature  the type of each argument that is not a constant: "*fp32", "i64", ...; in any order
     constants  the value of each other argument; None stands for a pointer that is not given
+    aligned    positions of the arguments that are multiples of 16, as a launch would find out
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -37,7 +47,8 @@ def compile_kernel(kernel: Any, signature: dict[str, str], constants: dict[str, 
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     missing = [name for name in kernel.arg_names if name not in signature and name not in constants]
     assert not missing, f"{kernel.__name__}: neither a type nor a value for {missing}"
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    attributes = {(position,): [["tt.divisibility", 16]] for position in aligned}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -41,7 +41,9 @@ def check_error(ours, plain, exact, what="", num_terms=1.0):
     allowed = 2 * plain_error + torch.finfo(ours.dtype).eps * exact.norm().item()
     # Terms of size 1 that cancel to nothing (the gradient through a softmax over one key) leave their fp32 rounding.
     allowed += 5e-7 * math.sqrt(exact.numel() * max(num_terms, 1.0))
-    assert ours_error <= allowed, f"{what}: error {ours_error:.2e}, allowed {allowed:.2e}, plain torch {plain_error:.2e}"
+    assert ours_error <= allowed, (
+        f"{what}: error {ours_error:.2e}, allowed {allowed:.2e}, plain torch {plain_error:.2e}"
+    )
 
 
 def differentiate(attention, inputs, dout, dlse, **options):
@@ -127,7 +129,7 @@ def test_rows_that_see_no_key(device, window_size):
 
 def test_large_scores_do_not_overflow(device):
     q, k, v = randn(3, 1, 1, 70, 16, device=device)
-    out, lse, _ = check_attention(100 * q, 100 * k, v, causal=True)
+    _out, lse, _ = check_attention(100 * q, 100 * k, v, causal=True)
     assert lse.isfinite().all() and lse.max() > 1e4
 
 
@@ -136,19 +138,24 @@ def layouts(batch, heads, seqlen, head_dim, device, dtype):
     shape = (batch, heads, seqlen, head_dim)
     base = randn(batch, seqlen, 3, heads, head_dim, device=device, dtype=dtype)
     yield "interleaved qkv", *(base[:, :, i].transpose(1, 2) for i in range(3))
-    yield "heads after positions", *(
-        randn(batch, seqlen, heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)
+    yield (
+        "heads after positions",
+        *(randn(batch, seqlen, heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)),
     )
     yield "sliced", *(randn(batch, heads, 2 * seqlen, head_dim + 3, device=device, dtype=dtype)[
         :, :, seqlen:, 1 : head_dim + 1] for _ in range(3))  # fmt: skip
-    yield "head_dim not last in memory", *(
-        randn(batch, heads, head_dim, seqlen, device=device, dtype=dtype).transpose(2, 3) for _ in range(3)
+    yield (
+        "head_dim not last in memory",
+        *(randn(batch, heads, head_dim, seqlen, device=device, dtype=dtype).transpose(2, 3) for _ in range(3)),
     )
-    yield "every second element", *(
-        randn(batch, heads, seqlen, 2 * head_dim, device=device, dtype=dtype)[..., ::2] for _ in range(3)
+    yield (
+        "every second element",
+        *(randn(batch, heads, seqlen, 2 * head_dim, device=device, dtype=dtype)[..., ::2] for _ in range(3)),
     )
-    yield "expanded keys", randn(*shape, device=device, dtype=dtype), *(
-        randn(1, 1, seqlen, head_dim, device=device, dtype=dtype).expand(shape) for _ in range(2)
+    yield (
+        "expanded keys",
+        randn(*shape, device=device, dtype=dtype),
+        *(randn(1, 1, seqlen, head_dim, device=device, dtype=dtype).expand(shape) for _ in range(2)),
     )
 
 
@@ -228,7 +235,9 @@ def test_documents_do_not_see_each_other(device, dtype):
 
     def run(q, k, v, dout):
         def fused(q, k, v, **options):
-            return kernels.flash_attention_varlen(q, k, v, starts, starts, max_seqlen_q=128, max_seqlen_k=128, **options)
+            return kernels.flash_attention_varlen(
+                q, k, v, starts, starts, max_seqlen_q=128, max_seqlen_k=128, **options
+            )
 
         out, lse, gradients = differentiate(fused, (q, k, v), dout, None, causal=True)
         return out, lse.T, *gradients
@@ -375,10 +384,10 @@ def test_bad_dtypes_and_sequences_are_named(device):
         kernels.flash_attention(x.int(), x.int(), x.int())
     with pytest.raises(ValueError, match=r"v: got torch\.float16, q is torch\.float32"):
         kernels.flash_attention(x, x, x.half())
-    with pytest.raises(ValueError, match="cache_seqlens: got torch.int64"):
+    with pytest.raises(ValueError, match=r"cache_seqlens: got torch\.int64"):
         kernels.decode_attention(x, x, x, torch.ones(2, dtype=torch.int64, device=device))
     starts = torch.zeros(3, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="cu_seqlens_k: got torch.int64"):
+    with pytest.raises(ValueError, match=r"cu_seqlens_k: got torch\.int64"):
         kernels.flash_attention_varlen(x[0], x[0], x[0], starts, starts.long(), max_seqlen_q=1, max_seqlen_k=1)
 
 

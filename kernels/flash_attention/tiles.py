@@ -1,0 +1,119 @@
+"""The tiles of the portable attention kernels: one table, by kind of card, and what to do if a tile does not fit.
+
+A card is "hopper" (compute capability 9.0), "large" (other cards with 160 KB or more of shared memory for a program:
+8.0, 10.0) or "small" (the rest: 99 KB on 8.6, 8.9 and 12.0, 64 KB on 7.5). Where a tile asks for more shared memory
+than a card has, the first in SMALLER_TILES that is smaller and fits takes its place, and is remembered.
+
+Knows no kernel.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+FORWARD, BACKWARD_DQ, BACKWARD_DKDV, DECODE = "forward", "backward dq", "backward dkdv", "decode"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """block_m queries by block_n keys, warps of a program, stages of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# (kernel, kind of card, head_dim, causal) -> tile for fp16 and bf16.
+TILES = {
+    (FORWARD, "hopper", 64, False): Tile(128, 128, 8, 3),
+    (FORWARD, "hopper", 64, True): Tile(128, 64, 4, 3),
+    (FORWARD, "hopper", 128, False): Tile(128, 64, 8, 3),
+    (FORWARD, "hopper", 128, True): Tile(128, 64, 8, 3),
+    (FORWARD, "hopper", 256, False): Tile(128, 64, 8, 2),
+    (FORWARD, "hopper", 256, True): Tile(128, 64, 8, 2),
+    (FORWARD, "large", 64, False): Tile(128, 64, 4, 3),
+    (FORWARD, "large", 64, True): Tile(128, 64, 4, 3),
+    (FORWARD, "large", 128, False): Tile(128, 64, 8, 2),
+    (FORWARD, "large", 128, True): Tile(128, 64, 8, 2),
+    (FORWARD, "large", 256, False): Tile(64, 32, 8, 2),
+    (FORWARD, "large", 256, True): Tile(64, 32, 8, 2),
+    (FORWARD, "small", 64, False): Tile(128, 64, 4, 2),
+    (FORWARD, "small", 64, True): Tile(128, 64, 4, 2),
+    (FORWARD, "small", 128, False): Tile(64, 64, 4, 2),
+    (FORWARD, "small", 128, True): Tile(64, 64, 4, 2),
+    (FORWARD, "small", 256, False): Tile(64, 32, 8, 1),
+    (FORWARD, "small", 256, True): Tile(64, 32, 8, 1),
+    (BACKWARD_DQ, "hopper", 64, False): Tile(128, 64, 8, 3),
+    (BACKWARD_DQ, "hopper", 64, True): Tile(128, 64, 8, 3),
+    (BACKWARD_DQ, "hopper", 128, False): Tile(128, 64, 8, 3),
+    (BACKWARD_DQ, "hopper", 128, True): Tile(128, 64, 8, 3),
+    (BACKWARD_DQ, "hopper", 256, False): Tile(64, 32, 8, 2),
+    (BACKWARD_DQ, "hopper", 256, True): Tile(64, 32, 8, 2),
+    (BACKWARD_DKDV, "hopper", 64, False): Tile(64, 128, 8, 3),
+    (BACKWARD_DKDV, "hopper", 64, True): Tile(64, 128, 8, 3),
+    (BACKWARD_DKDV, "hopper", 128, False): Tile(64, 128, 8, 2),
+    (BACKWARD_DKDV, "hopper", 128, True): Tile(64, 128, 8, 2),
+    (BACKWARD_DKDV, "hopper", 256, False): Tile(32, 64, 8, 1),
+    (BACKWARD_DKDV, "hopper", 256, True): Tile(32, 64, 8, 1),
+}
+for _kernel in (BACKWARD_DQ, BACKWARD_DKDV):
+    for _causal in (False, True):
+        TILES |= {
+            (_kernel, "large", 64, _causal): Tile(64, 64, 4, 2),
+            (_kernel, "large", 128, _causal): Tile(64, 64, 8, 2),
+            (_kernel, "large", 256, _causal): Tile(32, 32, 4, 1),
+            (_kernel, "small", 64, _causal): Tile(64, 64, 4, 2),
+            (_kernel, "small", 128, _causal): Tile(32, 64, 4, 1) if _kernel == BACKWARD_DKDV else Tile(64, 32, 4, 1),
+            (_kernel, "small", 256, _causal): Tile(32, 32, 4, 1),
+        }
+
+# What decoding does is read the cache: BLOCK_N keys at a time, by head_dim, on every card.
+DECODE_TILES = {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 2)}
+
+# fp32, multiplied without matrix units: by head_dim.
+FP32_TILES = {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
+SMALLER_TILES = (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+
+_fitting: dict[tuple, Tile] = {}  # what was found to fit, where a tile of the table did not
+
+
+@functools.cache
+def card(device: torch.device) -> str:
+    """The kind of card, "hopper", "large" or "small"; what is no CUDA device (Triton's interpreter) counts as small."""
+    if device.type != "cuda":
+        return "small"
+    capability = torch.cuda.get_device_capability(device)
+    return "hopper" if capability == (9, 0) else "large" if capability in ((8, 0), (10, 0)) else "small"
+
+
+def table_tile(kernel: str, card: str, head_dim: int, dtype: torch.dtype, causal: bool) -> Tile:
+    """The row of the table; a head_dim that has none shares the next larger one's."""
+    block_d = max(64, triton.next_power_of_2(head_dim))
+    if kernel == DECODE and dtype != torch.float32:
+        return DECODE_TILES[block_d]
+    return FP32_TILES[block_d] if dtype == torch.float32 else TILES[kernel, card, block_d, causal]
+
+
+def launch_with_fitting_tile(
+    run: Callable[[Tile], None], kernel: str, q: Tensor, causal: bool, tile: Tile | None = None
+) -> None:
+    """run(tile) with the given tile, or the table's for q (..., head_dim), or the first smaller one that fits."""
+    if tile is not None:
+        return run(tile)
+    key = (kernel, q.device, q.shape[-1], q.dtype, causal)
+    tile = _fitting.get(key) or table_tile(kernel, card(q.device), q.shape[-1], q.dtype, causal)
+    candidates = [tile, *(x for x in SMALLER_TILES if x.block_m * x.block_n < tile.block_m * tile.block_n)]
+    for candidate in candidates:
+        try:
+            run(candidate)
+        except triton.runtime.errors.OutOfResources:
+            if candidate == candidates[-1]:
+                raise
+        else:
+            _fitting[key] = candidate
+            return
