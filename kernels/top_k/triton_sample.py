@@ -4,7 +4,8 @@
     long rows, top-k     a first launch reads the row once, in parallel chunks, and keeps the maximum of each group of
                          neighbours; in a second, one program per row finds the best groups, which hold the best
                          tokens, and does with them what is done with a short row
-    long rows otherwise  maxima of chunks; where top-p asks for it, the cut; weights of chunks; the draw
+    long rows otherwise  maxima of chunks; where a filter asks for it, a cut (triton_top_p.py); weights of chunks; the
+                         chunk into which the random number falls, and the token in it
 
 Knows Triton; knows nothing of models. Arguments were checked in op.py.
 """
@@ -44,15 +45,21 @@ from kernels.top_k.triton_select import (
     tile_warps,
     value_of_key,
 )
-
-
-@triton.jit
-def _parameter(value, row, stride, PER_ROW: tl.constexpr, dtype: tl.constexpr):
-    """A parameter of the op: the number itself, or the row's entry of a tensor."""
-    if PER_ROW:
-        return tl.load(value + row * stride)
-    else:
-        return tl.full((), value, dtype)
+from kernels.top_k.triton_top_p import (
+    LEVELS,
+    LIST_LENGTH,
+    chunk_curves,
+    cut_within_bracket,
+    find_bracket,
+    kept_weight,
+    load_block,
+    mass_cut,
+    parameter,
+    rank_cut,
+    row_maximum,
+    weigh_chunks,
+    weight_from,
+)
 
 
 @triton.jit
@@ -62,12 +69,12 @@ def _row_parameters(
     PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """A row's parameters, made harmless where they are not allowed, and whether they were. Greedy: top_k = 1."""
-    temperature = _parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32)
-    k = _parameter(top_k, row, top_k_stride, PER_ROW & 2, tl.int64)
-    p = _parameter(top_p, row, top_p_stride, PER_ROW & 4, tl.float32)
-    min_p = _parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32)
-    seed = _parameter(seed, row, seed_stride, PER_ROW & 16, tl.int64)
-    step = _parameter(step, row, step_stride, PER_ROW & 32, tl.int64)
+    temperature = parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32)
+    k = parameter(top_k, row, top_k_stride, PER_ROW & 2, tl.int64)
+    p = parameter(top_p, row, top_p_stride, PER_ROW & 4, tl.float32)
+    min_p = parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32)
+    seed = parameter(seed, row, seed_stride, PER_ROW & 16, tl.int64)
+    step = parameter(step, row, step_stride, PER_ROW & 32, tl.int64)
     lowest_k: tl.constexpr = 1 if PER_ROW & 2 else 0  # as a number, 0 switches top-k off
     allowed = (temperature >= 0.0) & (temperature < float("inf")) & (k >= lowest_k) & (k <= vocab_size)
     allowed &= (p > 0.0) & (p <= 1.0) & (min_p >= 0.0) & (min_p <= 1.0)
@@ -173,78 +180,6 @@ def _sample_tile(
 # ---- rows too long for one program's registers, of which any number of tokens may be kept ----
 
 
-@triton.jit
-def load_block(logits, start, vocab_size, BLOCK: tl.constexpr):
-    tokens = start + tl.arange(0, BLOCK)
-    inside = tokens < vocab_size
-    x = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
-    return tokens, x, tl.where(inside, ordered_key(x), 0)
-
-
-@triton.jit
-def count_from(logits, vocab_size, least_key, BLOCK: tl.constexpr):
-    """How many keys of the row are >= least_key."""
-    count = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        _, _, key = load_block(logits, start, vocab_size, BLOCK)
-        count += (key >= least_key).to(tl.int32)
-    return tl.sum(count)
-
-
-@triton.jit
-def nth_tie(logits, vocab_size, cut, n, BLOCK: tl.constexpr):
-    """The token at which the n-th key equal to the cut stands."""
-    seen = tl.full((), 0, tl.int32)
-    token = tl.full((), 0, tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        tokens, _, key = load_block(logits, start, vocab_size, BLOCK)
-        tie = (key == cut).to(tl.int32)
-        running = seen + tl.cumsum(tie, 0)
-        token = tl.maximum(token, tl.max(tl.where((tie > 0) & (running == n), tokens, 0)))
-        seen += tl.sum(tie)
-    return token
-
-
-@triton.jit
-def best_k_cut(logits, vocab_size, k, BLOCK: tl.constexpr):
-    """(cut, last): a row's best k are the keys above the cut, and those equal to it up to the token `last`."""
-    cut = tl.full((), 0, tl.uint32)
-    for bit in range(32):
-        trial = cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
-        cut = tl.where(count_from(logits, vocab_size, trial, BLOCK) >= k, trial, cut)
-    above = tl.full((), 0, tl.int32)
-    if cut != 0xFFFFFFFF:
-        above = count_from(logits, vocab_size, cut + 1, BLOCK)
-    return cut, nth_tie(logits, vocab_size, cut, k - above, BLOCK)
-
-
-@triton.jit
-def _kept_weight(tokens, x, key, row_max, rate, cut, last):
-    """The weights of a block, 0 where (cut, last) keeps a token out."""
-    kept = (key > cut) | ((key == cut) & (tokens <= last))
-    return tl.where(kept, integer_weight(tl.minimum(x - row_max, 0.0), rate), 0)
-
-
-@triton.jit
-def _weight_from(logits, vocab_size, row_max, rate, cut, last, least_key, BLOCK: tl.constexpr):
-    """The weights of the tokens that (cut, last) keeps and whose keys are >= least_key, added up."""
-    total = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, vocab_size, BLOCK):
-        tokens, x, key = load_block(logits, start, vocab_size, BLOCK)
-        total += tl.where(key >= least_key, _kept_weight(tokens, x, key, row_max, rate, cut, last), 0)
-    return tl.sum(total)
-
-
-@triton.jit
-def _row_maximum(group_keys, row, num_chunks, allowed, NUM_CHUNKS: tl.constexpr):
-    """Whether a row has an answer, and its largest logit (0 if not), from the largest keys of its chunks."""
-    chunks = tl.arange(0, NUM_CHUNKS)
-    keys = tl.load(group_keys + row * num_chunks + chunks, mask=chunks < num_chunks, other=0)
-    max_key = tl.max(keys.to(tl.uint32, bitcast=True))
-    good = allowed & (max_key >= FINITE_KEYS_FROM) & (max_key < INFINITY_KEY)
-    return good, tl.where(good, value_of_key(max_key), 0.0)
-
-
 @triton.jit(do_not_specialize=["top_k", "seed", "step"])
 def _find_cut(
     logits, batch, vocab_size, row_stride,
@@ -260,24 +195,17 @@ def _find_cut(
         temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
     )  # fmt: skip
     logits += row * row_stride
-    good, row_max = _row_maximum(group_keys, row, num_chunks, allowed, NUM_CHUNKS)
+    finite, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
+    good = allowed & finite
     rate = rate_of(temperature)
     cut = tl.full((), 0, tl.uint32)
     last = tl.full((), 0x7FFFFFFF, tl.int32)
     if good & (k < vocab_size):
-        cut, last = best_k_cut(logits, vocab_size, k, BLOCK)
+        cut, last = rank_cut(logits, vocab_size, k, BLOCK)
     if good & (p < 1.0):
-        total = _weight_from(logits, vocab_size, row_max, rate, cut, last, FINITE_KEYS_FROM, BLOCK)
+        total = weight_from(logits, vocab_size, row_max, rate, cut, last, FINITE_KEYS_FROM, BLOCK)
         target = tl.maximum(share(total, p), 1)
-        p_cut = tl.full((), 0, tl.uint32)
-        for bit in range(32):
-            trial = p_cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
-            reached = _weight_from(logits, vocab_size, row_max, rate, cut, last, trial, BLOCK)
-            p_cut = tl.where(reached >= target, trial, p_cut)
-        missing = target - _weight_from(logits, vocab_size, row_max, rate, cut, last, p_cut + 1, BLOCK)
-        each = integer_weight(value_of_key(p_cut) - row_max, rate)
-        last = nth_tie(logits, vocab_size, p_cut, (missing + each - 1) // tl.maximum(each, 1), BLOCK)
-        cut = p_cut
+        cut, last = mass_cut(logits, vocab_size, row_max, rate, cut, last, target, BLOCK)
     tl.store(cuts + row, cut.to(tl.int32, bitcast=True))
     tl.store(lasts + row, last)
 
@@ -301,14 +229,14 @@ def _chunk_weights(
     """One program, one chunk of a row: the sum of the weights of its kept tokens. chunk_sums (batch, num_chunks)."""
     row = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
-    allowed, _, temperature, _, _, least_weight, _, _ = _row_parameters(
+    _, _, temperature, _, _, least_weight, _, _ = _row_parameters(
         row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
         temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
     )  # fmt: skip
-    _, row_max = _row_maximum(group_keys, row, num_chunks, allowed, NUM_CHUNKS)
+    _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
     cut, last = _load_cut(cuts, lasts, row, CUT)
     tokens, x, key = load_block(logits + row * row_stride, chunk * CHUNK, vocab_size, CHUNK)
-    weight = _kept_weight(tokens, x, key, row_max, rate_of(temperature), cut, last)
+    weight = kept_weight(tokens, x, key, row_max, rate_of(temperature), cut, last)
     tl.store(chunk_sums + row * num_chunks + chunk, tl.sum(tl.where(weight >= least_weight, weight, 0)))
 
 
@@ -326,7 +254,8 @@ def _draw_from_chunks(
         row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
         temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
     )  # fmt: skip
-    good, row_max = _row_maximum(group_keys, row, num_chunks, allowed, NUM_CHUNKS)
+    finite, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
+    good = allowed & finite
     cut, last = _load_cut(cuts, lasts, row, CUT)
     chunks = tl.arange(0, NUM_CHUNKS)
     sums = tl.load(chunk_sums + row * num_chunks + chunks, mask=chunks < num_chunks, other=0)
@@ -336,7 +265,7 @@ def _draw_from_chunks(
     left -= tl.sum(tl.where(chunks < chunk, sums, 0))
 
     tokens, x, key = load_block(logits + row * row_stride, chunk * CHUNK, vocab_size, CHUNK)
-    weight = _kept_weight(tokens, x, key, row_max, rate_of(temperature), cut, last)
+    weight = kept_weight(tokens, x, key, row_max, rate_of(temperature), cut, last)
     running = tl.cumsum(tl.where(weight >= least_weight, weight, 0), 0)
     place = tl.sum((running <= left).to(tl.int32))
     token = chunk * CHUNK + place
@@ -373,14 +302,15 @@ def sample(
     tensors = (temperatures, top_ks, top_ps, min_ps, seeds, steps)
     values = [number if tensor is None else tensor for number, tensor in zip(numbers, tensors, strict=True)]
     strides = [0 if tensor is None else tensor.stride(0) for tensor in tensors]
+    greedy = temperature == 0.0 and temperatures is None
     job = _Job(
         logits=logits,
         outputs=(token_ids, logprobs),
         parameters=(*values, *strides),
         per_row=sum(1 << i for i, tensor in enumerate(tensors) if tensor is not None),
-        may_drop_by_rank=top_k != 0 or top_ks is not None or temperature == 0.0 or temperatures is not None,
+        may_drop_by_rank=top_k != 0 or top_ks is not None or greedy or temperatures is not None,
         may_drop_by_mass=top_p < 1.0 or top_ps is not None,
-        most_kept=1 if temperature == 0.0 and temperatures is None else top_k,
+        most_kept=1 if greedy else -1 if top_k == 0 and top_ks is None else top_k,
         logprobs=return_logprobs,
     )
     with torch.cuda.device_of(logits):
@@ -403,7 +333,7 @@ class _Job:
     per_row: int  # bit i: parameter i is a tensor
     may_drop_by_rank: bool
     may_drop_by_mass: bool
-    most_kept: int  # no row keeps more tokens than this; 0: not known here
+    most_kept: int  # no row keeps more tokens than this; 0: not known here; -1: no row but a greedy one has a limit
     logprobs: bool
 
 
@@ -435,8 +365,12 @@ def _best_groups(job: _Job) -> None:
 def _chunk_by_chunk(job: _Job) -> None:
     logits = job.logits
     batch, vocab_size = logits.shape
-    group_keys, partials, num_chunks, _ = launch_group_maxima(logits, CHUNK, job.logprobs)
+    num_chunks = triton.cdiv(vocab_size, CHUNK)
     chunk_sums = logits.new_empty((batch, num_chunks), dtype=torch.int64)
+    cuts = lasts = None
+    has_cut = job.may_drop_by_rank or job.may_drop_by_mass
+    if has_cut:
+        cuts, lasts = logits.new_empty((2, batch), dtype=torch.int32)
     row = (batch, vocab_size, logits.stride(0), *job.parameters)
     constants = {
         "PER_ROW": job.per_row,
@@ -444,15 +378,54 @@ def _chunk_by_chunk(job: _Job) -> None:
         "num_warps": CHUNK_WARPS,
         "enable_fp_fusion": False,
     }
-    cuts = lasts = None
-    has_cut = job.may_drop_by_rank or job.may_drop_by_mass
-    if has_cut:
-        cuts, lasts = logits.new_empty((2, batch), dtype=torch.int32)
-        _find_cut[(batch,)](logits, *row, group_keys, cuts, lasts, num_chunks, BLOCK=CHUNK, **constants)
-    constants.update(CUT=has_cut, CHUNK=CHUNK)
-    grid = (batch * num_chunks,)
-    _chunk_weights[grid](logits, *row, group_keys, cuts, lasts, chunk_sums, num_chunks, **constants)
+    if has_cut and job.most_kept < 0:
+        group_keys, partials = _cut_at_top_p(job, cuts, lasts, chunk_sums, num_chunks, constants)
+    else:
+        group_keys, partials, _, _ = launch_group_maxima(logits, CHUNK, job.logprobs)
+        if has_cut:
+            _find_cut[(batch,)](logits, *row, group_keys, cuts, lasts, num_chunks, BLOCK=CHUNK, **constants)
+        _chunk_weights[(batch * num_chunks,)](
+            logits, *row, group_keys, cuts, lasts, chunk_sums, num_chunks, CUT=has_cut, CHUNK=CHUNK, **constants
+        )
     _draw_from_chunks[(batch,)](
         logits, *job.outputs, *row, group_keys, partials, cuts, lasts, chunk_sums, num_chunks,
-        LOGPROBS=job.logprobs, **constants,
+        CUT=has_cut, LOGPROBS=job.logprobs, CHUNK=CHUNK, **constants,
     )  # fmt: skip
+
+
+def _cut_at_top_p(
+    job: _Job, cuts: Tensor, lasts: Tensor, chunk_sums: Tensor, num_chunks: int, constants: dict
+) -> tuple[Tensor, Tensor]:
+    """Fill cuts, lasts and chunk_sums; returns the largest keys of the chunks, and their partial sums."""
+    logits = job.logits
+    batch, vocab_size = logits.shape
+    temperature, _, top_p, min_p, _, _, temperature_stride, _, top_p_stride, min_p_stride, _, _ = job.parameters
+    group_keys = logits.new_empty((batch, num_chunks), dtype=torch.int32)
+    partials = logits.new_empty((batch, num_chunks, 2) if job.logprobs else (0,), dtype=torch.float32)
+    curves = logits.new_empty((batch, num_chunks, LEVELS.value), dtype=torch.float32)
+    spacings = logits.new_empty((batch, num_chunks), dtype=torch.float32)
+    brackets = logits.new_empty((batch, 2), dtype=torch.int32)
+    counts = logits.new_empty((batch,), dtype=torch.int32)
+    listed = logits.new_empty((batch, LIST_LENGTH.value), dtype=torch.int32)
+    sums = logits.new_empty((2, batch, num_chunks), dtype=torch.int64)
+    every_chunk = (batch * num_chunks,)
+    without_width = {name: value for name, value in constants.items() if name != "NUM_CHUNKS"}
+    chunk_curves[every_chunk](
+        logits, group_keys, partials, curves, spacings, vocab_size, logits.stride(0), num_chunks,
+        temperature, temperature_stride,
+        SUM_EXP=job.logprobs, CHUNK=CHUNK, **without_width,
+    )  # fmt: skip
+    find_bracket[(batch,)](
+        group_keys, curves, spacings, brackets, counts, vocab_size, num_chunks,
+        temperature, top_p, temperature_stride, top_p_stride, **constants,
+    )  # fmt: skip
+    weigh_chunks[every_chunk](
+        logits, group_keys, brackets, counts, listed, sums, chunk_sums, batch, vocab_size, logits.stride(0), num_chunks,
+        temperature, min_p, temperature_stride, min_p_stride, CHUNK=CHUNK, **constants,
+    )  # fmt: skip
+    cut_within_bracket[(batch,)](
+        logits, group_keys, counts, listed, sums, chunk_sums, cuts, lasts, batch, vocab_size, logits.stride(0),
+        num_chunks, temperature, top_p, min_p, temperature_stride, top_p_stride, min_p_stride,
+        CHUNK=CHUNK, **{**constants, "num_warps": 16},
+    )  # fmt: skip
+    return group_keys, partials

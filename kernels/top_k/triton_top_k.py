@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.top_k.triton_sample import best_k_cut, load_block
 from kernels.top_k.triton_select import (
     CHUNK,
     CHUNK_WARPS,
@@ -30,6 +29,7 @@ from kernels.top_k.triton_select import (
     tile_warps,
     value_of_key,
 )
+from kernels.top_k.triton_top_p import load_block, rank_cut
 
 MAX_SORTED_WHOLE = 128  # longer rows are selected from first
 
@@ -95,7 +95,7 @@ def _top_k_long(x, candidates, n, row_stride, k, BLOCK: tl.constexpr):
     """One program, one row: its best k as candidates (batch, k), in index order."""
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
-    cut, last = best_k_cut(x, n, k, BLOCK)
+    cut, last = rank_cut(x, n, k, BLOCK)
     written = tl.full((), 0, tl.int32)
     for start in range(0, n, BLOCK):
         index, _, key = load_block(x, start, n, BLOCK)

@@ -264,7 +264,30 @@ def test_distribution_is_exact(device, kind, vocab_size, options):
 @pytest.mark.parametrize("vocab_size", [32_000, 151_936])
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.6}, {"min_p": 0.05}])
 def test_distribution_over_large_vocabularies(kind, vocab_size, options):
+    if kind == "flat" and options.get("top_p"):
+        options = {"top_k": 1000, **options}  # a hundred thousand ties are searched bit by bit: right, but slow
     test_distribution_is_exact("cuda", kind, vocab_size, options)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.99, 0.999])
+def test_top_p_over_long_rows(device, top_p):
+    """Rows of every shape, so that on a GPU the bracket is sometimes right and sometimes not."""
+    vocab_size = 40_000
+    ramp = torch.arange(vocab_size)
+    for row in (
+        torch.randn(vocab_size),
+        3 * torch.randn(vocab_size),
+        torch.randn(vocab_size) / torch.randn(vocab_size).abs(),
+        torch.rand(vocab_size) * 0.1,
+        torch.zeros(vocab_size),
+        (ramp % 7).float(),
+        -1.3 * (1.0 + ramp[torch.randperm(vocab_size)]).log(),
+        -(ramp / 10.0),
+        torch.where(ramp % 9000 == 17, 12.0, torch.randn(vocab_size)),
+        torch.where(ramp % 3 == 0, torch.randn(vocab_size), -INFINITY),
+    ):
+        check(row[None].to(device), seed=5, top_p=top_p)
+        check(row[None].to(device), seed=6, top_p=top_p, min_p=0.01, temperature=1.7)
 
 
 def test_a_wrong_distribution_is_noticed(device):
