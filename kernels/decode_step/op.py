@@ -144,5 +144,7 @@ def bind_reference(library: torch.library.Library) -> None:
 
 
 def bind_cuda(library: torch.library.Library) -> None:
-    """Register plain torch: there is no Triton kernel for this op."""
-    bind_reference(library)
+    """Register the Triton launchers; Triton is imported here, where a CUDA kernel is first needed."""
+    from kernels.decode_step import triton_decode_step
+
+    library.impl("decode_step", triton_decode_step.decode_step)

@@ -41,8 +41,10 @@ def decode_step(
         outs = []
         for row, position in enumerate(positions.tolist()):
             keys, values = (cache[layer, row, None, :, : position + 1].to(q.dtype) for cache in (k_cache, v_cache))
-            outs.append(classic_attention(q[row, None, :, None], keys, values)[0, :, 0])
-        x = x + F.linear(torch.stack(outs).flatten(1), o[layer])
+            out = classic_attention(q[row, None, :, None], keys, values)  # (1, num_heads, 1, head_dim)
+            assert isinstance(out, Tensor)
+            outs.append(out.flatten())
+        x = x + F.linear(torch.stack(outs), o[layer])
         gate, up = F.linear(_norm(x, post_norm[layer], norm_eps), gate_up[layer]).chunk(2, dim=-1)
         x = x + F.linear(F.silu(gate) * up, down[layer])
     return F.linear(_norm(x, final_norm, norm_eps), embedding).float()

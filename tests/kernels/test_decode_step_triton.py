@@ -1,0 +1,73 @@
+"""The Triton kernels of decode_step where there is no GPU: interpreted, and compiled for the cards that they run on."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.kernels.compile_ahead import CAPABILITIES, compile_kernel, resources
+from tests.kernels.test_decode_step import EPS, arguments
+
+pytest.importorskip("triton")
+ROOT = pathlib.Path(__file__).parents[2]
+KERNELS = ("_embed", "_qkv", "_attend", "_gate_up", "_down", "_head")
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+def test_interpreted():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.kernels.interpret_decode_step"]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("equal") == 4
+
+
+class Recorder:
+    """Stands for a kernel: keeps what it is launched with."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+        self.launch: tuple[tuple, dict] = ((), {})
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options) -> None:
+            self.launch = (arguments, options)
+
+        return launch
+
+    def compile(self, capability: int):
+        arguments, options = self.launch
+        names = self.kernel.arg_names
+        values = {**dict(zip(names, arguments, strict=False)), **{n: options[n] for n in names if n in options}}
+        constexpr = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
+        signature = {
+            name: TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if type(value) is float else "i32"
+            for name, value in values.items()
+            if name not in constexpr
+        }
+        launched_with = {name: value for name, value in options.items() if name not in names}
+        constants = {name: value for name, value in values.items() if name in constexpr}
+        return compile_kernel(self.kernel, signature, constants, capability=capability, **launched_with)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_compiles_for_every_card(capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    from kernels.decode_step import triton_decode_step as module
+
+    recorders = {name: Recorder(getattr(module, name)) for name in KERNELS}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(module, name, recorder)
+    monkeypatch.setattr(module, "_can_overlap", lambda device: capability >= 90)
+    *tensors, weights = arguments((1, 384, 6, 6, 64, 1024, 256, 256), 3, dtype, "cpu")
+    module.decode_step(*tensors, *weights, EPS)
+    for name, recorder in recorders.items():
+        compiled = recorder.compile(capability)
+        assert resources(compiled).spilled_bytes == 0, name
+        if dtype == torch.bfloat16 and name in ("_qkv", "_gate_up", "_down", "_head"):
+            matrix_units = ("mma.sync", "wgmma", "tcgen05")
+            assert any(instruction in compiled.asm["ptx"] for instruction in matrix_units), name
+        assert ("griddepcontrol" in compiled.asm["ptx"]) == (capability >= 90), name

@@ -1,0 +1,183 @@
+"""Generation beside its peers in one process: transformers on the same weights, and nanoGPT's loop in the same shape.
+
+Each generates from a prompt of one token up to the full context, drawing with top-k 40, at several batch sizes; the best
+of a few repetitions that take turns counts. The weights are random: time does not depend on them. Also: the time until
+the first new token of a prompt of 200 tokens. Prints a table and writes generate.json.
+
+Knows the public interface of generation; knows nothing of how it works.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+import toy_lm
+from toy_lm import checkpoint
+from toy_lm.config import ModelConfig, preset
+from toy_lm.device import pick_device
+from toy_lm.model import Transformer
+from toy_lm.tokenizer import Tokenizer
+
+TOP_K = 40
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """`batch_size` texts of `num_tokens` new tokens each, in `seconds`."""
+
+    name: str
+    dtype: str
+    batch_size: int
+    num_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch_size * self.num_tokens / self.seconds
+
+
+def run(arguments: Sequence[str] = ()) -> None:
+    """`toy-lm bench generate`: see --help. Raises ValueError for an unknown preset, device or folder."""
+    parser = argparse.ArgumentParser(prog="toy-lm bench generate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--preset", default="shakespeare", help="whose model shape")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="default: 1 16, on a GPU 1 64")
+    parser.add_argument("--num-tokens", type=int, help="new tokens of each text; default: up to the context")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to be timed too")
+    parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for generate.json")
+    options = parser.parse_args(arguments)
+    device, config = pick_device(options.device), preset(options.preset).model
+    num_tokens = options.num_tokens or config.max_seqlen - 1
+    if not 1 <= num_tokens < config.max_seqlen:
+        raise ValueError(f"num-tokens: got {num_tokens}, needs 1 to {config.max_seqlen - 1}, the context less one")
+    batch_sizes = options.batch_sizes or [1, 64 if device.type == "cuda" else 16]
+    dtypes = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_model(folder, config)
+        rows, binding = [], ""
+        for dtype in dtypes:
+            lm = toy_lm.load(folder, device=device.type, dtype=dtype)
+            binding = lm.binding.line
+            contestants = {"toy-lm": _ours(lm), **_transformers(folder, device, dtype)}
+            contestants |= _nanogpt(options.nanogpt, config, device, dtype)
+            for batch_size in batch_sizes:
+                seconds = _time(contestants, batch_size, num_tokens, options.repetitions)
+                rows += [
+                    Row(name=name, dtype=str(dtype)[6:], batch_size=batch_size, num_tokens=num_tokens, seconds=best)
+                    for name, best in seconds.items()
+                ]
+            if config.max_seqlen > 200:
+                first = _time({"toy-lm": _first_token(lm)}, 1, 1, 10)["toy-lm"]
+                rows.append(
+                    Row(name="first token of 200", dtype=str(dtype)[6:], batch_size=1, num_tokens=1, seconds=first)
+                )
+    print(
+        f"{binding}\n{options.preset}: {config.num_layers} layers of {config.model_dim}, top-k {TOP_K}\n{table(rows)}"
+    )
+    out = pathlib.Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    figures = [{**dataclasses.asdict(row), "tokens_per_second": row.tokens_per_second} for row in rows]
+    (out / "generate.json").write_text(json.dumps({"machine": binding, "rows": figures}, indent=2), encoding="utf-8")
+    print(f"figures: {out / 'generate.json'}")
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [f"  {'':<20} {'dtype':<9} {'batch':>5} {'tokens/s':>11} {'us a step':>10} {'slower':>7}"]
+    ours = {(row.dtype, row.batch_size): row.seconds for row in rows if row.name == "toy-lm"}
+    for row in rows:
+        line = f"  {row.name:<20} {row.dtype:<9} {row.batch_size:>5} {row.tokens_per_second:>11,.0f} "
+        line += f"{1e6 * row.seconds / row.num_tokens:>10.1f}"
+        if row.num_tokens > 1:
+            line += f" {row.seconds / ours[row.dtype, row.batch_size]:>6.1f}x"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _write_model(folder: str, config: ModelConfig) -> None:
+    tokenizer = Tokenizer.bytes_tokenizer()
+    torch.manual_seed(0)
+    checkpoint.begin(folder, config, tokenizer)
+    checkpoint.save(folder, step=0, weights=Transformer(config).state_dict(), state={}, info={})
+
+
+Contestant = Callable[[int, int], object]  # (batch size, number of new tokens) -> whatever; ends when all is done
+
+
+def _time(contestants: dict[str, Contestant], batch_size: int, num_tokens: int, repetitions: int) -> dict[str, float]:
+    """The best of some repetitions that take turns, after one that does not count."""
+    seconds = {name: float("inf") for name in contestants}
+    for repetition in range(repetitions + 1):
+        for name, generate in contestants.items():
+            begin = time.perf_counter()
+            generate(batch_size, num_tokens)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repetition:
+                seconds[name] = min(seconds[name], time.perf_counter() - begin)
+    return seconds
+
+
+def _ours(lm: "toy_lm.LanguageModel") -> Contestant:
+    return lambda batch_size, num_tokens: lm.generate(
+        "\n", max_new_tokens=num_tokens, num_samples=batch_size, top_k=TOP_K
+    )
+
+
+def _first_token(lm: "toy_lm.LanguageModel") -> Contestant:
+    return lambda batch_size, num_tokens: lm.generate("a" * 200, max_new_tokens=1, top_k=TOP_K)
+
+
+def _transformers(folder: str, device: torch.device, dtype: torch.dtype) -> dict[str, Contestant]:
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: not timed", file=sys.stderr)
+        return {}
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+    def generate(batch_size: int, num_tokens: int) -> None:
+        prompt = torch.full((batch_size, 1), 10, device=device)
+        settings = {"do_sample": True, "top_k": TOP_K, "eos_token_id": -1, "pad_token_id": 0}
+        mask = torch.ones_like(prompt)
+        model.generate(prompt, attention_mask=mask, max_new_tokens=num_tokens, **settings).cpu()
+
+    return {"transformers": generate}
+
+
+def _nanogpt(
+    folder: str | None, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Contestant]:
+    if folder is None:
+        return {}
+    source = pathlib.Path(folder) / "model.py"
+    spec = importlib.util.spec_from_file_location("nanogpt_model", source)
+    if spec is None or spec.loader is None or not source.is_file():
+        raise ValueError(f"nanogpt: got {folder!r}, there is no model.py in it")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    shape = module.GPTConfig(
+        block_size=config.max_seqlen,
+        vocab_size=config.vocab_size,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        n_embd=config.model_dim,
+        dropout=0.0,
+        bias=False,
+    )
+    model = module.GPT(shape).to(device, dtype).eval()
+
+    def generate(batch_size: int, num_tokens: int) -> None:
+        model.generate(torch.full((batch_size, 1), 10, device=device), num_tokens, top_k=TOP_K).cpu()
+
+    return {"nanoGPT": generate}
