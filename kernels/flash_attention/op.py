@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.flash_attention import reference
-from kernels.load import ensure
+from kernels.load import ensure, load
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,7 +57,7 @@ def flash_attention(
     k, v          (batch, num_kv_heads, seqlen_k, head_dim); num_kv_heads divides num_heads (grouped-query attention)
     causal        query i sees keys j <= i + seqlen_k - seqlen_q (bottom-right aligned)
     softmax_scale None: 1 / sqrt(head_dim)
-    window_size   W: a query sees itself and the W - 1 keys before it (causal), or the keys with |i - j| < W (not causal)
+    window_size   W: a query sees itself and the W - 1 keys before it (causal), or all keys with |i - j| < W
     softcap       c > 0: scores become c * tanh(scores / c)
 
     Returns out, laid out in memory as q is, and with `return_lse` also lse (batch, num_heads, seqlen_q): fp32, the
@@ -150,6 +150,30 @@ def decode_attention(
     scale, _, window, cap = _options(q, softmax_scale, True, window_size, softcap)
     ensure(q.device.type)
     return _ops.decode_attention(q, k_cache, v_cache, cache_seqlens.contiguous(), scale, window, cap)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: int | None = None,
+    softcap: float = 0.0,
+) -> str:
+    """Which kernels `flash_attention` would run for these arguments, with which tiles, and why not the others.
+
+    Arguments, and errors, as `flash_attention`. Runs nothing.
+    """
+    _check_tensors(q, k, v, heads_dim=1, dims=4)
+    options = _options(q, softmax_scale, causal, window_size, softcap)
+    binding = load(q.device)
+    if q.device.type != "cuda" or binding.kind != "fused":
+        return binding.line
+    from kernels.flash_attention import dispatch
+
+    return f"{binding.line}\n{dispatch.explain(q, k, v, *options)}"
 
 
 def _check_tensors(
@@ -260,7 +284,7 @@ for _name in ("flash_attention", "flash_attention_varlen"):
 
 def _as_keywords(softmax_scale: float, causal: bool, window_size: int, softcap: float) -> dict:
     window = None if window_size == NO_WINDOW else window_size
-    return dict(softmax_scale=softmax_scale, causal=causal, window_size=window, softcap=softcap)
+    return {"softmax_scale": softmax_scale, "causal": causal, "window_size": window, "softcap": softcap}
 
 
 def bind_reference(library: torch.library.Library) -> None:
@@ -300,10 +324,10 @@ def bind_reference(library: torch.library.Library) -> None:
 
 def bind_cuda(library: torch.library.Library) -> None:
     """Register the Triton launchers; Triton is imported here, where a CUDA kernel is first needed."""
-    from kernels.flash_attention import triton_backward, triton_decode, triton_forward
+    from kernels.flash_attention import dispatch, triton_decode
 
-    library.impl("flash_attention_forward", triton_forward.forward)
-    library.impl("flash_attention_backward", triton_backward.backward)
-    library.impl("flash_attention_varlen_forward", triton_forward.varlen_forward)
-    library.impl("flash_attention_varlen_backward", triton_backward.varlen_backward)
+    library.impl("flash_attention_forward", dispatch.forward)
+    library.impl("flash_attention_backward", dispatch.backward)
+    library.impl("flash_attention_varlen_forward", dispatch.varlen_forward)
+    library.impl("flash_attention_varlen_backward", dispatch.varlen_backward)
     library.impl("decode_attention", triton_decode.decode)

@@ -6,6 +6,8 @@ compare with (in fp64), and the attention that can be differentiated any number 
 Knows torch; knows nothing of tiles, devices or how the op is registered.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,8 +73,9 @@ def classic_attention(
 def classic_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: bool = False, **options
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`classic_attention` document by document; q, k, v (total, heads, head_dim) as `kernels.flash_attention_varlen`."""
-    outs, lses = [], []
+    """`classic_attention` document by document; arguments as `kernels.flash_attention_varlen`."""
+    outs: list[Any] = []
+    lses: list[Any] = []
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for document in range(len(starts_q) - 1):
         rows_q = slice(starts_q[document], starts_q[document + 1])
@@ -96,7 +99,7 @@ def classic_decode(
     softcap: float = 0.0,
 ) -> Tensor:
     """`classic_attention`, causal, of each sequence's last queries over the part of the cache that is filled."""
-    outs = []
+    outs: list[Any] = []
     for sequence, seqlen in enumerate(cache_seqlens.tolist()):
         rows = slice(sequence, sequence + 1)
         outs.append(
@@ -125,7 +128,7 @@ def classic_backward(
     window_size: int | None = None,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) by the equations that the fused kernels follow (FlashAttention-2, section 2.3), in the inputs' dtype.
+    """(dq, dk, dv) by the equations that the fused kernels follow (FlashAttention-2, section 2.3).
 
     For s = softmax_scale q k^T, p = softmax(s) and out = p v: dv = p^T dout, dp = dout v^T, ds = p (dp - delta) with
     delta = rowsum(p dp), dq = softmax_scale ds k, dk = softmax_scale ds^T q. From lse comes one term more: since

@@ -105,8 +105,7 @@ def launch_with_fitting_tile(
     """run(tile) with the given tile, or the table's for q (..., head_dim), or the first smaller one that fits."""
     if tile is not None:
         return run(tile)
-    key = (kernel, q.device, q.shape[-1], q.dtype, causal)
-    tile = _fitting.get(key) or table_tile(kernel, card(q.device), q.shape[-1], q.dtype, causal)
+    tile = fitting_tile(kernel, q, causal)
     candidates = [tile, *(x for x in SMALLER_TILES if x.block_m * x.block_n < tile.block_m * tile.block_n)]
     for candidate in candidates:
         try:
@@ -115,5 +114,11 @@ def launch_with_fitting_tile(
             if candidate == candidates[-1]:
                 raise
         else:
-            _fitting[key] = candidate
+            _fitting[kernel, q.device, q.shape[-1], q.dtype, causal] = candidate
             return
+
+
+def fitting_tile(kernel: str, q: Tensor, causal: bool) -> Tile:
+    """The tile that a launch begins with: the table's, unless that was found too large."""
+    found = _fitting.get((kernel, q.device, q.shape[-1], q.dtype, causal))
+    return found or table_tile(kernel, card(q.device), q.shape[-1], q.dtype, causal)
