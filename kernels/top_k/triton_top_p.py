@@ -240,11 +240,8 @@ def cut_within_bracket(
         tl.atomic_add(chunk_sums + row * num_chunks + tokens // CHUNK, weight, mask=kept)
     elif good:
         cut, last = mass_cut(logits, vocab_size, row_max, rate, 0, 0x7FFFFFFF, target, CHUNK)
-        for chunk in range(num_chunks):
-            tokens, x, key = load_block(logits, chunk * CHUNK, vocab_size, CHUNK)
-            weight = kept_weight(tokens, x, key, row_max, rate, cut, last)
-            weight = tl.where(weight >= least_weight, weight, 0)
-            tl.store(chunk_sums + row * num_chunks + chunk, tl.sum(weight))
+        chunk_sums += row * num_chunks
+        _sum_chunks(logits, chunk_sums, vocab_size, num_chunks, row_max, rate, cut, last, least_weight, CHUNK)
     tl.store(cuts + row, cut.to(tl.int32, bitcast=True))
     tl.store(lasts + row, last)
 
@@ -267,6 +264,17 @@ def weight_from(logits, vocab_size, row_max, rate, cut, last, least_key, BLOCK: 
         tokens, x, key = load_block(logits, start, vocab_size, BLOCK)
         total += tl.where(key >= least_key, kept_weight(tokens, x, key, row_max, rate, cut, last), 0)
     return tl.sum(total)
+
+
+@triton.jit
+def _sum_chunks(
+    logits, chunk_sums, vocab_size, num_chunks, row_max, rate, cut, last, least_weight, CHUNK: tl.constexpr
+):  # fmt: skip
+    """The weights of each chunk's kept tokens, added up."""
+    for chunk in range(num_chunks):
+        tokens, x, key = load_block(logits, chunk * CHUNK, vocab_size, CHUNK)
+        weight = kept_weight(tokens, x, key, row_max, rate, cut, last)
+        tl.store(chunk_sums + chunk, tl.sum(tl.where(weight >= least_weight, weight, 0)))
 
 
 @triton.jit
