@@ -37,7 +37,7 @@ import torch
 HERE = pathlib.Path(__file__).parent
 OP_FOLDERS = ("flash_attention", "top_k", "decode_step")
 DEVICE_TYPES = ("cpu", "cuda")
-CPU_CAPABILITIES = ("native", "plain", "avx2", "avx512")
+CPU_CAPABILITIES = ("native", "plain", "avx2", "avx512", "avx512_bf16")
 # torch's stable ABI of release 2.11: one source builds against 2.11 and later.
 _CXX_FLAGS = (
     "-std=c++20",
@@ -52,6 +52,8 @@ _CAPABILITY_FLAGS = {
     "plain": ("-DTOY_LM_PLAIN",),
     "avx2": ("-march=haswell",),
     "avx512": ("-march=skylake-avx512",),
+    # Products of bf16 pairs without AMX, also on CPUs where they are no faster than fp32.
+    "avx512_bf16": ("-march=cooperlake", "-DTOY_LM_FORCE_BF16_PAIRS"),
 }
 
 

@@ -51,6 +51,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kMaxHeadDim = 256;
+constexpr double kParallelFlops = 2e6;  // less work than this is done before other threads have woken
 constexpr int64_t kBlockN = 64;       // keys in a block
 constexpr int64_t kChunk = 512;       // queries whose gradients stay in the cache while the keys pass by
 constexpr int64_t kBackwardTasks = 16;  // the backward pass is cut into at least so many, where it is long enough
@@ -447,7 +448,7 @@ struct KeyBlocks {
 template <class F>
 void for_each_task(int64_t tasks, double flops, const F& f) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
-  if (threads <= 1 || flops < 1e6) {
+  if (threads <= 1 || flops < kParallelFlops) {
     for (int64_t task = 0; task < tasks; ++task) f(task);
     return;
   }

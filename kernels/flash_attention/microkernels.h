@@ -125,7 +125,7 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
 // 2^x = 2^n 2^r with n the integer nearest to x and |r| <= 1/2. The polynomial for 2^r is the minimax one of degree 5
-// (relative error 2^-23.1); with rounding, exp2 is within 2 units in the last place. It is exact at r = 0. Below x = -127 the
+// (relative error 2^-23.1); with rounding, exp2 is within 2.5 units in the last place. It is exact at r = 0. Below x = -127 the
 // result is 0 (between -127 and -126, smaller than the smallest normal number), so that exp2(-inf) = 0; NaN stays NaN.
 constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
 
