@@ -7,8 +7,8 @@
 Four tables. The grid of the FlashAttention papers: batch x seqlen = 16384 tokens, num_heads x head_dim = 2048, forward
 and backward, in TFLOP/s. Sizes that small models train at: forward and backward together, in microseconds, called
 one by one (with what the host costs) and replayed as a CUDA graph (without). Decoding: one query over a cache, in
-microseconds, beside the time that reading the cache once takes. Peak memory of forward and backward, over seqlen. A time
-is the median of device times, with cold caches.
+microseconds, beside the time that reading the cache once takes. Peak memory of forward and backward, over seqlen. A
+time is the median of device times, with cold caches.
 
 Knows the ops; knows nothing of how they work.
 """
@@ -279,17 +279,16 @@ def plot(path: pathlib.Path, cells: Sequence[Cell]) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return f"no {path.name}: matplotlib is not installed (pip install matplotlib)"
-    figure = Figure(figsize=(15, 9), layout="constrained")
+    figure = Figure(figsize=(15, 10), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 4, height_ratios=(1, 1, 0.8))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
+    axes = upper.subplots(2, 4)
     titles = [f"head_dim {head_dim}, {mask}" for head_dim in HEAD_DIMS for mask in ("full", "causal")]
     for row, table in enumerate(("forward", "backward")):
         for axis, title in zip(axes[row], titles, strict=True):
             _draw_curves(axis, [c for c in cells if c.table == table and c.size.startswith(f"{title}, seqlen ")])
             axis.set(title=f"{table}, {title}", xlabel="seqlen", ylabel="TFLOP/s", xscale="log", ylim=(0, None))
-    for axis in axes[2]:
-        axis.remove()
-    _draw_ratios(figure.add_subplot(3, 1, 3), [cell for cell in cells if cell.unit == "us"])
+    _draw_ratios(lower.subplots(), [cell for cell in cells if cell.unit == "us"])
     figure.savefig(path, dpi=110)
     return f"picture: {path}"
 
