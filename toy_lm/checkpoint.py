@@ -44,7 +44,9 @@ class Checkpoint:
     tokenizer: Tokenizer
     step: int
 
-    def model(self, *, attention: str = "fused", device: torch.device | str = "cpu") -> Transformer:
+    def model(
+        self, *, attention: str = "fused", device: torch.device | str = "cpu", dropout: float = 0.0
+    ) -> Transformer:
         """The model with these weights, in evaluation mode."""
         with torch.device("meta"):
             shape_only = Transformer(self.config, attention)
@@ -56,7 +58,7 @@ class Checkpoint:
                 if name not in self.weights or self.weights[name].shape != shapes.get(name)
             )
             raise ValueError(f"{self.folder / WEIGHTS}: does not fit {CONFIG}, for one in {differing[0]}")
-        model = Transformer(self.config, attention)
+        model = Transformer(self.config, attention, dropout)
         model.load_state_dict(self.weights)
         return model.to(device).eval()
 

@@ -45,6 +45,7 @@ class TrainConfig:
     vocab_size: int  # what BPE may grow to; bytes use 256
     optimizer: str = "adamw"  # or "muon": Muon for the matrices of the layers, AdamW for the rest
     grad_accumulation: int = 1  # parts of a batch that go through the model one after another
+    dropout: float = 0.0
     weight_decay: float = 0.1
     momentum: float = 0.95  # Muon's
     beta1: float = 0.9
@@ -75,6 +76,8 @@ class TrainConfig:
             raise ValueError(
                 f"grad_accumulation: got {self.grad_accumulation}, needs a divisor of batch_size = {self.batch_size}"
             )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: got {self.dropout}, needs 0 or more, and less than 1")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer: got {self.optimizer!r}, allowed are 'adamw' and 'muon'")
         if self.tokenizer not in ("bpe", "bytes"):

@@ -136,25 +136,27 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, attention: str) -> None:
+    def __init__(self, config: ModelConfig, attention: str, dropout: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.input_layernorm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.self_attn = Attention(config, attention)
         self.post_attention_layernorm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *context))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Decoder(nn.Module):
     """Everything below the logits; Hugging Face calls this part `model`."""
 
-    def __init__(self, config: ModelConfig, attention: str) -> None:
+    def __init__(self, config: ModelConfig, attention: str, dropout: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
-        self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, attention, dropout) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.rotary = RotaryPositions(config)
 
@@ -163,16 +165,17 @@ class Transformer(nn.Module):
     """A causal language model.
 
     attention  "fused" (kernels.flash_attention) or "classic" (kernels.classic_attention) for training and prefill.
+    dropout    in training, the share of what the embedding and each layer's two parts yield that is left out
 
     Raises ValueError if attention is neither.
     """
 
-    def __init__(self, config: ModelConfig, attention: str = "fused") -> None:
+    def __init__(self, config: ModelConfig, attention: str = "fused", dropout: float = 0.0) -> None:
         super().__init__()
         if attention not in ATTENTION:
             raise ValueError(f"attention: got {attention!r}, allowed are {', '.join(map(repr, ATTENTION))}")
         self.config = config
-        self.model = Decoder(config, attention)
+        self.model = Decoder(config, attention, dropout)
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -201,7 +204,7 @@ class Transformer(nn.Module):
             positions = positions + cache.seqlens[:, None]  # (batch, seqlen)
             cache.grow(seqlen)
         cos, sin = self.model.rotary(positions)
-        x = self.model.embed_tokens(token_ids)  # (batch, seqlen, model_dim)
+        x = self.model.dropout(self.model.embed_tokens(token_ids))  # (batch, seqlen, model_dim)
         for number, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, cache, number, positions, prefill)
         return self.model.norm(x)

@@ -157,7 +157,7 @@ def _begun(text: data.Corpus, preset: Preset, out: pathlib.Path, execution: Exec
         tokenizer = Tokenizer.train_bpe(text.parts(), preset.train.vocab_size)
     preset = preset.with_vocab_size(tokenizer.vocab_size)
     torch.manual_seed(preset.train.seed)
-    model = Transformer(preset.model, execution.attention)
+    model = Transformer(preset.model, execution.attention, preset.train.dropout)
     if execution.workers.rank == 0:
         checkpoint.begin(out, preset.model, tokenizer)
     return Trainer(text, tokenizer, preset, model, out, execution)
@@ -173,7 +173,7 @@ def _resumed(text: data.Corpus, out: pathlib.Path, execution: Execution) -> "Tra
             f"({info['corpus']['name']!r}, SHA-256 {info['corpus']['fingerprint'][:16]}...)"
         )
     preset = Preset(model=ModelConfig(**info["preset"]["model"]), train=TrainConfig(**info["preset"]["train"]))
-    model = saved.model(attention=execution.attention)
+    model = saved.model(attention=execution.attention, dropout=preset.train.dropout)
     trainer = Trainer(text, saved.tokenizer, preset, model, out, execution)
     trainer.restore(saved.step, state, info)
     return trainer

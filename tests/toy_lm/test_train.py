@@ -231,6 +231,17 @@ def test_a_profile_is_a_trace_of_some_steps(tmp_path):
     assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 5
 
 
+def test_a_run_with_dropout_resumes_to_the_bit(whole, tmp_path):
+    _run(tmp_path / "whole", _tiny(dropout=0.2), steps=8)
+    _run(tmp_path / "run", _tiny(dropout=0.2), steps=8, stop_after=5)
+    torch.manual_seed(12345)
+    _run(tmp_path / "run", resume=True)
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert _timeless(tmp_path / "run")[0]["train_loss"] != _timeless(whole[0])[0]["train_loss"]
+    with pytest.raises(ValueError, match=r"dropout: got 1.0, needs 0 or more, and less than 1"):
+        _tiny(dropout=1.0)
+
+
 def test_a_muon_run_resumes_to_the_bit(tmp_path):
     _run(tmp_path / "whole", _tiny(optimizer="muon"), steps=8)
     _run(tmp_path / "run", _tiny(optimizer="muon"), steps=8, stop_after=5)

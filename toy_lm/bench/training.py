@@ -85,7 +85,7 @@ def run(arguments: Sequence[str]) -> None:
 def _this_project(chosen: Preset, windows: data.Windows, device: torch.device, seed: int) -> Contestant:
     config = dataclasses.replace(chosen.train, seed=seed)
     torch.manual_seed(seed)
-    model = Transformer(chosen.model).to(device)
+    model = Transformer(chosen.model, "fused", config.dropout).to(device)
     step = TrainStep(
         model,
         Optimizer(model, config, device),
