@@ -1,4 +1,4 @@
-"""What is the CPU's alone: every instruction set, the vector functions, threads, sanitizers, and what the build accepts.
+"""What is the CPU's alone: every instruction set, the vector functions, threads, sanitizers and the build.
 
 What attention must compute is tested in test_flash_attention.py, for CPU and GPU alike.
 """
@@ -35,7 +35,7 @@ def run_attention(function, tensors, dout, dlse):
 
 
 def assert_close(got, plain, exact, what):
-    """At most twice plain torch's error, plus what rounding the largest value costs, and a few of fp32's own roundings."""
+    """At most twice plain torch's error, one rounding of the largest value and a few of fp32's own roundings more."""
     for name, value in got.items():
         error = (value.double() - exact[name]).nan_to_num(nan=0.0).abs().max().item()
         allowed = 2 * (plain[name].double() - exact[name]).nan_to_num(nan=0.0).abs().max().item()
@@ -49,10 +49,10 @@ def check_small_odd_sizes():
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     sizes = ((3, 70, 1), (65, 33, 40), (130, 129, 72))  # seqlen_q, seqlen_k, head_dim
     options = (
-        dict(causal=False),
-        dict(causal=True),
-        dict(causal=True, window_size=5, softcap=3.0),
-        dict(causal=False, window_size=30, softmax_scale=-0.2),
+        {"causal": False},
+        {"causal": True},
+        {"causal": True, "window_size": 5, "softcap": 3.0},
+        {"causal": False, "window_size": 30, "softmax_scale": -0.2},
     )
     for dtype, (seqlen_q, seqlen_k, head_dim), option in itertools.product(dtypes, sizes, options):
         q = torch.randn(2, 4, seqlen_q, head_dim).to(dtype)
@@ -85,7 +85,7 @@ def check_documents(dtype):
         return reference.classic_attention_varlen(*x, cu_q, cu_k, causal=True, return_lse=True)
 
     def fused(*x):
-        options = dict(max_seqlen_q=70, max_seqlen_k=66, causal=True, return_lse=True)
+        options = {"max_seqlen_q": 70, "max_seqlen_k": 66, "causal": True, "return_lse": True}
         return kernels.flash_attention_varlen(*x, cu_q, cu_k, **options)
 
     exact = run_attention(classic, [x.double() for x in (q, k, v)], dout, dlse)
@@ -96,7 +96,7 @@ def check_documents(dtype):
 
 def check_decoding(dtype):
     cache_seqlens = torch.tensor([0, 3, 600], dtype=torch.int32)
-    for groups, seqlen_q, options in ((1, 1, {}), (4, 3, dict(window_size=70)), (2, 20, dict(softcap=5.0))):
+    for groups, seqlen_q, options in ((1, 1, {}), (4, 3, {"window_size": 70}), (2, 20, {"softcap": 5.0})):
         q = torch.randn(3, 2 * groups, seqlen_q, 40).to(dtype)
         k_cache, v_cache = (torch.randn(3, 2, 600, 40).to(dtype) for _ in range(2))
         arguments = (q, k_cache, v_cache)
@@ -109,7 +109,8 @@ def check_decoding(dtype):
 def run_checks(capability, environment=None):
     """check_small_odd_sizes in a process of its own, which builds the attention kernels alone."""
     command = [sys.executable, "-m", "tests.kernels.test_flash_attention_cpu", capability]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+    # Threads that wait without spinning: the test may share its cores with others.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", **(environment or {})}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "every size agrees" in done.stdout, done.stdout + done.stderr
 
@@ -162,12 +163,13 @@ int main() {
     exp2_error = std::fmax(exp2_error, ulps(exp2(broadcast(x))[0], std::exp2((double)x)));
     rough_error = std::fmax(rough_error, std::abs(exp2_rough(broadcast(x))[0] / std::exp2((double)x) - 1));
     if (t != 0) tanh_error = std::fmax(tanh_error, ulps(tanh(broadcast(t))[0], std::tanh((double)t)));
-    log_error = std::fmax(log_error, std::abs(log(broadcast(y))[0] - std::log((double)y)) / (1 + std::abs(std::log((double)y))));
+    const double log_y = std::log((double)y);
+    log_error = std::fmax(log_error, std::abs(log(broadcast(y))[0] - log_y) / (1 + std::abs(log_y)));
   }
   const float infinity = std::numeric_limits<float>::infinity();
   bool exact = exp2(broadcast(-infinity))[0] == 0 && exp2(broadcast(0.0f))[0] == 1 && exp2(broadcast(7.0f))[0] == 128;
-  exact &= std::isnan(exp2(broadcast(NAN))[0]) && exp2_rough(broadcast(-infinity))[0] == 0 && tanh(broadcast(50.0f))[0] == 1;
-  exact &= exp2_rough(broadcast(0.0f))[0] == 1 && std::isnan(log(broadcast(NAN))[0]);
+  exact &= std::isnan(exp2(broadcast(NAN))[0]) && exp2_rough(broadcast(-infinity))[0] == 0;
+  exact &= exp2_rough(broadcast(0.0f))[0] == 1 && std::isnan(log(broadcast(NAN))[0]) && tanh(broadcast(50.0f))[0] == 1;
 
   bool products = true, transposes = true;
   for (int rows : {1, 3, 8, 21})
@@ -260,7 +262,7 @@ def test_other_compilers_accept_the_source(compiler, tmp_path):
         pytest.skip(f"{compiler} is not installed")
     flags = [*load._CXX_FLAGS, *(load._CAPABILITY_FLAGS["avx2"] if compiler == "clang++" and X86 else ())]
     include = pathlib.Path(torch.__file__).parent / "include"
-    command = [compiler, *flags, "-c", f"-I{ROOT / 'kernels'}", f"-isystem{include}", str(SOURCE)]
+    command = [compiler, *flags, "-O0", "-c", f"-I{ROOT / 'kernels'}", f"-isystem{include}", str(SOURCE)]
     done = subprocess.run([*command, "-o", str(tmp_path / "object")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
