@@ -178,12 +178,11 @@ def seeing_blocks(
     WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Queries (some, full, partly, end) for the keys from n_start on: those before `some` and from `end` on see none,
-    those in full .. partly see all. All but `end` are multiples of BLOCK_M."""
+    those in full .. partly see all."""
     first = n_start - (seqlen_k - seqlen_q)  # the query that stands at the first key, and at the last
     last = tl.minimum(n_start + BLOCK_N, seqlen_k) - 1 - (seqlen_k - seqlen_q)
     some = 0
     full = 0
-    all_end = seqlen_q  # end of the queries that see all
     end = seqlen_q
     if CAUSAL:
         some = tl.maximum(first, 0) // BLOCK_M * BLOCK_M
@@ -191,11 +190,11 @@ def seeing_blocks(
     elif WINDOW:
         some = tl.maximum(first - window_size + 1, 0) // BLOCK_M * BLOCK_M
         full = tl.cdiv(tl.maximum(last - window_size + 1, 0), BLOCK_M) * BLOCK_M
+    partly = end
     if WINDOW:
-        all_end = tl.minimum(all_end, first + window_size)
         end = tl.minimum(end, last + window_size)
-    full = tl.minimum(full, tl.maximum(tl.cdiv(end, BLOCK_M) * BLOCK_M, some))
-    partly = tl.maximum(tl.maximum(all_end, 0) // BLOCK_M * BLOCK_M, full)
+        full = tl.minimum(full, tl.maximum(tl.cdiv(end, BLOCK_M) * BLOCK_M, some))
+        partly = tl.maximum(tl.maximum(tl.minimum(partly, first + window_size), 0) // BLOCK_M * BLOCK_M, full)
     return some, full, partly, end
 
 
@@ -204,15 +203,14 @@ def add_dkdv_of_blocks(
     dk, dv, k, v, keys, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, end, seqlen_q, seqlen_k,
     stride_qm, stride_qd, stride_dom, stride_dod, softmax_scale, softcap, window_size,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dkdv_kernel's main loop over the queries begin .. end. MASKED: some do not see some of the keys. WHOLE: all of
-    the blocks' rows are there. Rows past the end have P = 0; columns past it give rows of dK and dV that nobody stores.
-    """
+    """dkdv_kernel's main loop over the queries begin .. end. MASKED: some do not see some of the keys. Queries past
+    the end need no mask, their P is 0; keys past the end neither, they give rows of dK and dV that nobody stores."""
     BLOCK_D: tl.constexpr = k.shape[1]
     for m_start in range(begin, end, BLOCK_M):
-        q = load_tile(q_ptr, m_start, seqlen_q, stride_qm, stride_qd, BLOCK_M, HEAD_DIM, BLOCK_D, WHOLE)
-        dout = load_tile(dout_ptr, m_start, seqlen_q, stride_dom, stride_dod, BLOCK_M, HEAD_DIM, BLOCK_D, WHOLE)
+        q = load_tile(q_ptr, m_start, seqlen_q, stride_qm, stride_qd, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+        dout = load_tile(dout_ptr, m_start, seqlen_q, stride_dom, stride_dod, BLOCK_M, HEAD_DIM, BLOCK_D, False)
         offs_m = m_start + tl.arange(0, BLOCK_M)
         lse_log2 = in_powers_of_two(load_rows(lse_ptr, offs_m, seqlen_q, float("inf")))
         delta = load_rows(delta_ptr, offs_m, seqlen_q, 0.0)
@@ -273,18 +271,19 @@ def dkdv_kernel(
             dk, dv = add_dkdv_of_blocks(
                 dk, dv, k, v, keys, q_head, dout_head, lse_ptr + row_offset, delta_ptr + row_offset, some, full,
                 seqlen_q, seqlen_k, stride_qm, stride_qd, stride_dom, stride_dod, softmax_scale, softcap, window_size,
-                HEAD_DIM, BLOCK_M, CAUSAL, WINDOW, SOFTCAP, True, False,
+                HEAD_DIM, BLOCK_M, CAUSAL, WINDOW, SOFTCAP, True,
             )  # fmt: skip
         dk, dv = add_dkdv_of_blocks(
             dk, dv, k, v, keys, q_head, dout_head, lse_ptr + row_offset, delta_ptr + row_offset, full, partly,
             seqlen_q, seqlen_k, stride_qm, stride_qd, stride_dom, stride_dod, softmax_scale, softcap, window_size,
-            HEAD_DIM, BLOCK_M, CAUSAL, WINDOW, SOFTCAP, False, True,
+            HEAD_DIM, BLOCK_M, CAUSAL, WINDOW, SOFTCAP, False,
         )  # fmt: skip
-        dk, dv = add_dkdv_of_blocks(
-            dk, dv, k, v, keys, q_head, dout_head, lse_ptr + row_offset, delta_ptr + row_offset, partly, end,
-            seqlen_q, seqlen_k, stride_qm, stride_qd, stride_dom, stride_dod, softmax_scale, softcap, window_size,
-            HEAD_DIM, BLOCK_M, CAUSAL, WINDOW, SOFTCAP, True, False,
-        )  # fmt: skip
+        if WINDOW:
+            dk, dv = add_dkdv_of_blocks(
+                dk, dv, k, v, keys, q_head, dout_head, lse_ptr + row_offset, delta_ptr + row_offset, partly, end,
+                seqlen_q, seqlen_k, stride_qm, stride_qd, stride_dom, stride_dod, softmax_scale, softcap, window_size,
+                HEAD_DIM, BLOCK_M, CAUSAL, WINDOW, SOFTCAP, True,
+            )  # fmt: skip
     store_tile(dk_ptr, dk * softmax_scale, n_start, seqlen_k, stride_dkn, stride_dkd, BLOCK_N, HEAD_DIM, BLOCK_D)
     store_tile(dv_ptr, dv, n_start, seqlen_k, stride_dvn, stride_dvd, BLOCK_N, HEAD_DIM, BLOCK_D)
 
