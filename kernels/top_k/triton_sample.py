@@ -30,24 +30,29 @@ from kernels.top_k.triton_select import (
     MAX_TILE,
     MIN_TEMPERATURE,
     WEIGHT_ONE,
+    blocks,
     choose_group,
     gather_best_groups,
     integer_weight,
     keep_best,
     key_bits,
     key_reaching,
+    launch,
     launch_group_maxima,
     log_sum_exp,
     ordered_key,
+    power_of_2,
     random_below,
     rate_of,
     share,
+    tensor_key,
     tile_warps,
     value_of_key,
 )
 from kernels.top_k.triton_top_p import (
     LEVELS,
     LIST_LENGTH,
+    LIST_WARPS,
     chunk_curves,
     cut_within_bracket,
     find_bracket,
@@ -303,15 +308,18 @@ def sample(
     values = [number if tensor is None else tensor for number, tensor in zip(numbers, tensors, strict=True)]
     strides = [0 if tensor is None else tensor.stride(0) for tensor in tensors]
     greedy = temperature == 0.0 and temperatures is None
+    per_row = sum(1 << i for i, tensor in enumerate(tensors) if tensor is not None)
+    aligned = [tensor.data_ptr() % 16 for tensor in tensors if tensor is not None]
     job = _Job(
         logits=logits,
         outputs=(token_ids, logprobs),
         parameters=(*values, *strides),
-        per_row=sum(1 << i for i, tensor in enumerate(tensors) if tensor is not None),
+        per_row=per_row,
         may_drop_by_rank=top_k != 0 or top_ks is not None or greedy or temperatures is not None,
         may_drop_by_mass=top_p < 1.0 or top_ps is not None,
         most_kept=1 if greedy else -1 if top_k == 0 and top_ks is None else top_k,
         logprobs=return_logprobs,
+        key=(*tensor_key(logits), return_logprobs, per_row, top_k, seed >= 2**31, step >= 2**31, *strides, *aligned),
     )
     with torch.cuda.device_of(logits):
         if logits.shape[1] <= MAX_TILE:
@@ -335,67 +343,83 @@ class _Job:
     may_drop_by_mass: bool
     most_kept: int  # no row keeps more tokens than this; 0: not known here; -1: no row but a greedy one has a limit
     logprobs: bool
+    key: tuple  # for `launch`
+
+    def row_arguments(self, with_outputs: bool = False) -> tuple:
+        """What the kernels that handle rows begin with."""
+        batch, vocab_size = self.logits.shape
+        outputs = self.outputs if with_outputs else ()
+        return (self.logits, *outputs, batch, vocab_size, self.logits.stride(0), *self.parameters)
+
+    def constants(self) -> dict:
+        return {"PER_ROW": self.per_row}
 
 
 def _whole_row(job: _Job) -> None:
     batch, vocab_size = job.logits.shape
-    tile = max(32, triton.next_power_of_2(vocab_size))
-    _sample_tile[(batch,)](
-        job.logits, *job.outputs, batch, vocab_size, job.logits.stride(0), *job.parameters, None, None, None, 0, 0,
-        PER_ROW=job.per_row, TOP_K=job.may_drop_by_rank, TOP_P=job.may_drop_by_mass, LOGPROBS=job.logprobs,
-        BITS=key_bits(job.logits.dtype), TILE=tile, GROUP=0, NUM_GROUPS=0, NUM_CHUNKS=0,
-        num_warps=tile_warps(tile), enable_fp_fusion=False,
-    )  # fmt: skip
+    tile = max(32, power_of_2(vocab_size))
+    arguments = (*job.row_arguments(with_outputs=True), None, None, None, 0, 0)
+    constants = {
+        **job.constants(),
+        "TOP_K": job.may_drop_by_rank,
+        "TOP_P": job.may_drop_by_mass,
+        "LOGPROBS": job.logprobs,
+        "BITS": key_bits(job.logits.dtype),
+        "TILE": tile,
+        "GROUP": 0,
+        "NUM_GROUPS": 0,
+        "NUM_CHUNKS": 0,
+    }
+    launch(_sample_tile, batch, arguments, constants, tile_warps(tile), job.key)
 
 
 def _best_groups(job: _Job) -> None:
     batch, vocab_size = job.logits.shape
     group, chosen = choose_group(vocab_size, job.most_kept)
-    group_keys, partials, num_groups, num_chunks = launch_group_maxima(job.logits, group, job.logprobs)
-    _sample_tile[(batch,)](
-        job.logits, *job.outputs, batch, vocab_size, job.logits.stride(0), *job.parameters,
-        group_keys, partials, job.logits.new_empty((batch, chosen), dtype=torch.int32), num_groups, num_chunks,
-        PER_ROW=job.per_row, TOP_K=True, TOP_P=job.may_drop_by_mass, LOGPROBS=job.logprobs,
-        BITS=key_bits(job.logits.dtype), TILE=chosen * group, GROUP=group,
-        NUM_GROUPS=triton.next_power_of_2(num_groups), NUM_CHUNKS=triton.next_power_of_2(num_chunks),
-        num_warps=tile_warps(max(chosen * group, num_groups)), enable_fp_fusion=False,
-    )  # fmt: skip
+    group_keys, partials, num_groups, num_chunks = launch_group_maxima(job.logits, group, job.logprobs, job.key)
+    chosen_groups = job.logits.new_empty((batch, chosen), dtype=torch.int32)
+    scratch = (group_keys, partials, chosen_groups, num_groups, num_chunks)
+    constants = {
+        **job.constants(),
+        "TOP_K": True,
+        "TOP_P": job.may_drop_by_mass,
+        "LOGPROBS": job.logprobs,
+        "BITS": key_bits(job.logits.dtype),
+        "TILE": chosen * group,
+        "GROUP": group,
+        "NUM_GROUPS": power_of_2(num_groups),
+        "NUM_CHUNKS": power_of_2(num_chunks),
+    }
+    warps = tile_warps(max(chosen * group, num_groups))
+    launch(_sample_tile, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, warps, job.key)
 
 
 def _chunk_by_chunk(job: _Job) -> None:
     logits = job.logits
     batch, vocab_size = logits.shape
-    num_chunks = triton.cdiv(vocab_size, CHUNK)
+    num_chunks = blocks(vocab_size, CHUNK)
     chunk_sums = logits.new_empty((batch, num_chunks), dtype=torch.int64)
-    cuts = lasts = None
+    cuts, lasts = logits.new_empty((batch,), dtype=torch.int32), logits.new_empty((batch,), dtype=torch.int32)
     has_cut = job.may_drop_by_rank or job.may_drop_by_mass
-    if has_cut:
-        cuts, lasts = logits.new_empty((2, batch), dtype=torch.int32)
-    row = (batch, vocab_size, logits.stride(0), *job.parameters)
-    constants = {
-        "PER_ROW": job.per_row,
-        "NUM_CHUNKS": triton.next_power_of_2(num_chunks),
-        "num_warps": CHUNK_WARPS,
-        "enable_fp_fusion": False,
-    }
+    width = {"NUM_CHUNKS": power_of_2(num_chunks)}
     if has_cut and job.most_kept < 0:
-        group_keys, partials = _cut_at_top_p(job, cuts, lasts, chunk_sums, num_chunks, constants)
+        group_keys, partials = _cut_at_top_p(job, cuts, lasts, chunk_sums, num_chunks)
     else:
-        group_keys, partials, _, _ = launch_group_maxima(logits, CHUNK, job.logprobs)
+        group_keys, partials, _, _ = launch_group_maxima(logits, CHUNK, job.logprobs, job.key)
+        scratch: tuple = (group_keys, cuts, lasts, num_chunks)
         if has_cut:
-            _find_cut[(batch,)](logits, *row, group_keys, cuts, lasts, num_chunks, BLOCK=CHUNK, **constants)
-        _chunk_weights[(batch * num_chunks,)](
-            logits, *row, group_keys, cuts, lasts, chunk_sums, num_chunks, CUT=has_cut, CHUNK=CHUNK, **constants
-        )
-    _draw_from_chunks[(batch,)](
-        logits, *job.outputs, *row, group_keys, partials, cuts, lasts, chunk_sums, num_chunks,
-        CUT=has_cut, LOGPROBS=job.logprobs, CHUNK=CHUNK, **constants,
-    )  # fmt: skip
+            constants = {**job.constants(), **width, "BLOCK": CHUNK}
+            launch(_find_cut, batch, (*job.row_arguments(), *scratch), constants, CHUNK_WARPS, job.key)
+        scratch = (group_keys, cuts, lasts, chunk_sums, num_chunks)
+        constants = {**job.constants(), "CUT": has_cut, **width, "CHUNK": CHUNK}
+        launch(_chunk_weights, batch * num_chunks, (*job.row_arguments(), *scratch), constants, CHUNK_WARPS, job.key)
+    scratch = (group_keys, partials, cuts, lasts, chunk_sums, num_chunks)
+    constants = {**job.constants(), "CUT": has_cut, "LOGPROBS": job.logprobs, **width, "CHUNK": CHUNK}
+    arguments = (*job.row_arguments(with_outputs=True), *scratch)
+    launch(_draw_from_chunks, batch, arguments, constants, CHUNK_WARPS, job.key)
 
 
-def _cut_at_top_p(
-    job: _Job, cuts: Tensor, lasts: Tensor, chunk_sums: Tensor, num_chunks: int, constants: dict
-) -> tuple[Tensor, Tensor]:
+def _cut_at_top_p(job: _Job, cuts: Tensor, lasts: Tensor, chunk_sums: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
     """Fill cuts, lasts and chunk_sums; returns the largest keys of the chunks, and their partial sums."""
     logits = job.logits
     batch, vocab_size = logits.shape
@@ -408,24 +432,20 @@ def _cut_at_top_p(
     counts = logits.new_empty((batch,), dtype=torch.int32)
     listed = logits.new_empty((batch, LIST_LENGTH.value), dtype=torch.int32)
     sums = logits.new_empty((2, batch, num_chunks), dtype=torch.int64)
-    every_chunk = (batch * num_chunks,)
-    without_width = {name: value for name, value in constants.items() if name != "NUM_CHUNKS"}
-    chunk_curves[every_chunk](
-        logits, group_keys, partials, curves, spacings, vocab_size, logits.stride(0), num_chunks,
-        temperature, temperature_stride,
-        SUM_EXP=job.logprobs, CHUNK=CHUNK, **without_width,
-    )  # fmt: skip
-    find_bracket[(batch,)](
-        group_keys, curves, spacings, brackets, counts, vocab_size, num_chunks,
-        temperature, top_p, temperature_stride, top_p_stride, **constants,
-    )  # fmt: skip
-    weigh_chunks[every_chunk](
-        logits, group_keys, brackets, counts, listed, sums, chunk_sums, batch, vocab_size, logits.stride(0), num_chunks,
-        temperature, min_p, temperature_stride, min_p_stride, CHUNK=CHUNK, **constants,
-    )  # fmt: skip
-    cut_within_bracket[(batch,)](
-        logits, group_keys, counts, listed, sums, chunk_sums, cuts, lasts, batch, vocab_size, logits.stride(0),
-        num_chunks, temperature, top_p, min_p, temperature_stride, top_p_stride, min_p_stride,
-        CHUNK=CHUNK, **{**constants, "num_warps": 16},
-    )  # fmt: skip
+    row = (batch, vocab_size, logits.stride(0), num_chunks)
+    width = {"NUM_CHUNKS": power_of_2(num_chunks)}
+
+    arguments: tuple = (logits, group_keys, partials, curves, spacings, *row[1:], temperature, temperature_stride)
+    constants = {**job.constants(), "SUM_EXP": job.logprobs, "CHUNK": CHUNK}
+    launch(chunk_curves, batch * num_chunks, arguments, constants, CHUNK_WARPS, job.key)
+    arguments = (group_keys, curves, spacings, brackets, counts, vocab_size, num_chunks)
+    arguments += (temperature, top_p, temperature_stride, top_p_stride)
+    launch(find_bracket, batch, arguments, {**job.constants(), **width}, CHUNK_WARPS, job.key)
+    arguments = (logits, group_keys, brackets, counts, listed, sums, chunk_sums, *row)
+    arguments += (temperature, min_p, temperature_stride, min_p_stride)
+    constants = {**job.constants(), **width, "CHUNK": CHUNK}
+    launch(weigh_chunks, batch * num_chunks, arguments, constants, CHUNK_WARPS, job.key)
+    arguments = (logits, group_keys, counts, listed, sums, chunk_sums, cuts, lasts, *row)
+    arguments += (temperature, top_p, min_p, temperature_stride, top_p_stride, min_p_stride)
+    launch(cut_within_bracket, batch, arguments, constants, LIST_WARPS, job.key)
     return group_keys, partials

@@ -20,18 +20,24 @@ from kernels.top_k.triton_select import (
     CHUNK_WARPS,
     MAX_GROUPS_CHOSEN,
     MAX_TILE,
+    blocks,
     choose_group,
     gather_best_groups,
     keep_best,
     key_bits,
+    launch,
     launch_group_maxima,
     ordered_key,
+    power_of_2,
+    tensor_key,
     tile_warps,
     value_of_key,
 )
 from kernels.top_k.triton_top_p import load_block, rank_cut
 
 MAX_SORTED_WHOLE = 128  # longer rows are selected from first
+SORTED_PER_PROGRAM = 1024  # elements
+SORTED_WARPS = 4
 
 
 @triton.jit
@@ -111,33 +117,38 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices = x.new_empty((batch, k)), x.new_empty((batch, k), dtype=torch.int64)
     if batch == 0:
         return values, indices
+    key = (*tensor_key(x), k)
     with torch.cuda.device_of(x):
         if n <= MAX_SORTED_WHOLE:
-            block = max(16, triton.next_power_of_2(n))
-            rows = max(1, 1024 // block)
-            grid = (triton.cdiv(batch, rows),)
-            _top_k_short[grid](x, values, indices, batch, n, x.stride(0), k, ROWS=rows, BLOCK=block, num_warps=4)
+            block = max(16, power_of_2(n))
+            rows = max(1, SORTED_PER_PROGRAM // block)
+            arguments = (x, values, indices, batch, n, x.stride(0), k)
+            launch(_top_k_short, blocks(batch, rows), arguments, {"ROWS": rows, "BLOCK": block}, SORTED_WARPS, key)
             return values, indices
         candidates = x.new_empty((batch, k), dtype=torch.int64)
         if k <= MAX_GROUPS_CHOSEN:
-            _select_and_sort(x, k, candidates, values, indices)
+            _select_and_sort(x, k, candidates, values, indices, key)
             return values, indices
-        _top_k_long[(batch,)](x, candidates, n, x.stride(0), k, BLOCK=CHUNK, num_warps=CHUNK_WARPS)
+        launch(_top_k_long, batch, (x, candidates, n, x.stride(0), k), {"BLOCK": CHUNK}, CHUNK_WARPS, key)
     indices = torch.sort(candidates, dim=-1, descending=True).values.bitwise_and_(0x7FFFFFFF).neg_().add_(0x7FFFFFFF)
     return x.gather(-1, indices) + 0.0, indices
 
 
-def _select_and_sort(x: Tensor, k: int, candidates: Tensor, values: Tensor, indices: Tensor) -> None:
+def _select_and_sort(x: Tensor, k: int, candidates: Tensor, values: Tensor, indices: Tensor, key: tuple) -> None:
     batch, n = x.shape
     if n <= MAX_TILE:
-        group, tile, num_groups = 0, triton.next_power_of_2(n), 0
+        group, tile, num_groups = 0, power_of_2(n), 0
         group_keys = chosen_groups = None
     else:
         group, chosen = choose_group(n, k)
-        group_keys, _, num_groups, _ = launch_group_maxima(x, group, sum_exp=False)
+        group_keys, _, num_groups, _ = launch_group_maxima(x, group, False, key)
         tile, chosen_groups = chosen * group, x.new_empty((batch, chosen), dtype=torch.int32)
-    _top_k_tile[(batch,)](
-        x, values, indices, n, x.stride(0), k, group_keys, chosen_groups, candidates, num_groups,
-        BITS=key_bits(x.dtype), TILE=tile, GROUP=group, NUM_GROUPS=triton.next_power_of_2(num_groups),
-        K=max(16, triton.next_power_of_2(k)), num_warps=tile_warps(max(tile, num_groups)),
-    )  # fmt: skip
+    arguments = (x, values, indices, n, x.stride(0), k, group_keys, chosen_groups, candidates, num_groups)
+    constants = {
+        "BITS": key_bits(x.dtype),
+        "TILE": tile,
+        "GROUP": group,
+        "NUM_GROUPS": power_of_2(num_groups),
+        "K": max(16, power_of_2(k)),
+    }
+    launch(_top_k_tile, batch, arguments, constants, tile_warps(max(tile, num_groups)), key)
