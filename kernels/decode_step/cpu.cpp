@@ -4,7 +4,7 @@
 //   1. qkv = W_qkv norm(x)                        rows of W_qkv
 //   2. q, k normalised and rotated; k, v cached; attention of q over the cache     (sequence, key head) pairs
 //   3. x = x + W_o attention                      rows of W_o
-//   4. hidden = silu(W_gate norm(x)) * W_up norm(x)     rows of W_gate and W_up together
+//   4. hidden = silu(W_gate norm(x)) * W_up norm(x)   rows of W_gate, and the same of W_up
 //   5. x = x + W_down hidden                      rows of W_down
 // and at the end logits = embedding norm(x).
 //
@@ -24,6 +24,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "flash_attention/microkernels.h"
@@ -73,6 +74,24 @@ inline float total(Vec<float> x) {
 #endif
 }
 
+// The sums of the lanes of kLanes vectors at once, as the lanes of one, each in the order of `total`.
+template <int kStep, size_t... kLane>
+inline Vec<float> fold(Vec<float> x, Vec<float> y, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(x, y, int(kLane / kStep * 2 * kStep + kLane % kStep)...) +
+         __builtin_shufflevector(x, y, int(kLane / kStep * 2 * kStep + kLane % kStep + kStep)...);
+}
+
+template <int kStep = kLanes / 2>
+inline Vec<float> totals(const Vec<float>* x) {  // 2 kStep vectors, folded in pairs until one is left
+  Vec<float> folded[kStep];
+  for (int i = 0; i < kStep; ++i) folded[i] = fold<kStep>(x[2 * i], x[2 * i + 1], std::make_index_sequence<kLanes>{});
+  if constexpr (kStep == 1) {
+    return folded[0];
+  } else {
+    return totals<kStep / 2>(folded);
+  }
+}
+
 template <class T>
 float dot(const T* w, const float* x, int64_t size) {
   Vec<float> sum = broadcast(0.0f);
@@ -96,9 +115,14 @@ void multiply_tile(const T* w, int64_t w_stride, const float* x, int64_t size, f
       for (int c = 0; c < kC; ++c) sums[r][c] += row * columns[c];
     }
   }
-  for (int r = 0; r < kR; ++r) {
+  if constexpr (kR * kC % kLanes == 0 && kC == kColumns) {
+    for (int v = 0; v < kR * kC; v += kLanes) store(&out[0][0] + v, totals(&sums[0][0] + v));
+  } else {
+    for (int r = 0; r < kR; ++r)
+      for (int c = 0; c < kC; ++c) out[r][c] = total(sums[r][c]);
+  }
+  for (int r = 0; r < kR && i < size; ++r) {
     for (int c = 0; c < kC; ++c) {
-      out[r][c] = total(sums[r][c]);
       for (int64_t j = i; j < size; ++j) out[r][c] += to_float(w[r * w_stride + j]) * x[c * size + j];
     }
   }
@@ -118,33 +142,45 @@ void multiply_rows(const T* w, int64_t w_stride, const float* x, int64_t batch, 
   }
 }
 
-// use(n, b, value) with value = w[n] . x[b], for all rows w [rows][size] and all x [batch][size].
+// use(n, b, value) with value = w[n] . x[b], for the rows n from begin to end of w [rows][size] and all x [batch][size].
+template <class T, class F>
+void multiply_range(const T* w, int64_t begin, int64_t end, const float* x, int64_t batch, int64_t size, const F& use) {
+  int64_t n = begin;
+  for (; n + kRows <= end; n += kRows) {
+    multiply_rows<kRows>(w + n * size, size, x, batch, size, [&](int64_t b, auto& out, int c) {
+      for (int r = 0; r < kRows; ++r) use(n + r, b, out[r][c]);
+    });
+  }
+  for (; n < end; ++n)
+    multiply_rows<1>(w + n * size, size, x, batch, size, [&](int64_t b, auto& out, int c) { use(n, b, out[0][c]); });
+}
+
 template <class T, class F>
 void multiply(const T* w, int64_t rows, const float* x, int64_t batch, int64_t size, const F& use) {
-  const int64_t tiles = (rows + kRows - 1) / kRows;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (kRows * size));
+  const int64_t tiles = (rows + kRows - 1) / kRows, grain = std::max<int64_t>(1, kGrain / (kRows * size));
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin * kRows; n < std::min(rows, end * kRows); n += kRows) {
-      if (n + kRows <= rows) {
-        multiply_rows<kRows>(w + n * size, size, x, batch, size, [&](int64_t b, auto& out, int c) {
-          for (int r = 0; r < kRows; ++r) use(n + r, b, out[r][c]);
-        });
-      } else {
-        for (int64_t m = n; m < rows; ++m)
-          multiply_rows<1>(w + m * size, size, x, batch, size, [&](int64_t b, auto& out, int c) { use(m, b, out[0][c]); });
-      }
-    }
+    multiply_range(w, begin * kRows, std::min(rows, end * kRows), x, batch, size, use);
   });
 }
 
-// use(n, b, gate, up) with gate = w[n] . x[b] and up = w[rows + n] . x[b]: both products of a hidden unit at once.
-template <class T, class F>
-void multiply_pairs(const T* w, int64_t rows, const float* x, int64_t batch, int64_t size, const F& use) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / (2 * size));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      multiply_rows<2>(w + n * size, rows * size, x, batch, size,
-                       [&](int64_t b, auto& out, int c) { use(n, b, out[0][c], out[1][c]); });
+// hidden[b][n] = silu(gate) * up with gate = w[n] . x[b] and up = w[rows + n] . x[b]; `ups` has hidden's size.
+template <class T>
+void multiply_gated(const T* w, int64_t rows, const float* x, int64_t batch, int64_t size, float* hidden, float* ups) {
+  const int64_t tiles = (rows + kRows - 1) / kRows, grain = std::max<int64_t>(1, kGrain / (2 * kRows * size));
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin_tile, int64_t end_tile) {
+    const int64_t begin = begin_tile * kRows, end = std::min(rows, end_tile * kRows);
+    multiply_range(w, begin, end, x, batch, size, [&](int64_t n, int64_t b, float gate) { hidden[b * rows + n] = gate; });
+    multiply_range(w + rows * size, begin, end, x, batch, size, [&](int64_t n, int64_t b, float up) { ups[b * rows + n] = up; });
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t n = begin; n < end; n += kLanes) {
+        float gates[kLanes] = {}, products[kLanes] = {};
+        const size_t bytes = std::min<int64_t>(kLanes, end - n) * sizeof(float);
+        std::memcpy(gates, hidden + b * rows + n, bytes);
+        std::memcpy(products, ups + b * rows + n, bytes);
+        const Vec<float> gate = load(gates);
+        store(products, gate / (1.0f + exp2(gate * -float(kLog2E))) * load(products));
+        std::memcpy(hidden + b * rows + n, products, bytes);
+      }
     }
   });
 }
@@ -172,10 +208,19 @@ template <class T>
 void attend(const float* q, const T* k, const T* v, int64_t seqlen, int64_t head_dim, float* p, float* out) {
   const float scale = float(kLog2E) / std::sqrt(float(head_dim));
   float row_max = -std::numeric_limits<float>::infinity();
-  for (int64_t j = 0; j < seqlen; ++j) {
-    p[j] = scale * dot(k + j * head_dim, q, head_dim);
-    row_max = std::max(row_max, p[j]);
+  int64_t key = 0;
+  for (; key + kLanes <= seqlen; key += kLanes) {  // as many keys at once as there are lanes for their scores
+    Vec<float> sums[kLanes] = {};
+    const T* rows = k + key * head_dim;
+    int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes)
+      for (int i = 0; i < kLanes; ++i) sums[i] += widen(rows + i * head_dim + d) * load(q + d);
+    store(p + key, totals(sums) * scale);
+    for (; d < head_dim; ++d)
+      for (int i = 0; i < kLanes; ++i) p[key + i] += scale * to_float(rows[i * head_dim + d]) * q[d];
   }
+  for (; key < seqlen; ++key) p[key] = scale * dot(k + key * head_dim, q, head_dim);
+  for (int64_t j = 0; j < seqlen; ++j) row_max = std::max(row_max, p[j]);
   float row_sum = 0.0f;
   for (int64_t j = 0; j < seqlen; j += kLanes) {
     float lanes[kLanes];
@@ -263,6 +308,7 @@ Tensor run(const Arguments& a) {
   const int64_t batch = a.batch(), dim = a.model_dim(), mlp_dim = a.mlp_dim(), vocab_size = a.embedding.size(0);
   const int64_t attended = a.num_heads() * a.head_dim(), projected = a.qkv.size(1);
   std::vector<float> x(batch * dim), normed(batch * dim), qkv(batch * projected), out(batch * attended), hidden(batch * mlp_dim);
+  std::vector<float> ups(batch * mlp_dim);
   for (int64_t b = 0; b < batch; ++b) {
     const T* row = data<T>(a.embedding) + data<int64_t>(a.token_ids)[b] * dim;
     for (int64_t i = 0; i < dim; ++i) x[b * dim + i] = to_float(row[i]);
@@ -278,10 +324,7 @@ Tensor run(const Arguments& a) {
     attention_pass<T>(a, layer, qkv, out);
     multiply(data<T>(a.o) + layer * dim * attended, dim, out.data(), batch, attended, add);
     norm_all(data<T>(a.post_norm) + layer * dim);
-    multiply_pairs(data<T>(a.gate_up) + layer * 2 * mlp_dim * dim, mlp_dim, normed.data(), batch, dim,
-                   [&](int64_t n, int64_t b, float gate, float up) {
-                     hidden[b * mlp_dim + n] = gate / (1.0f + std::exp(-gate)) * up;
-                   });
+    multiply_gated(data<T>(a.gate_up) + layer * 2 * mlp_dim * dim, mlp_dim, normed.data(), batch, dim, hidden.data(), ups.data());
     multiply(data<T>(a.down) + layer * dim * mlp_dim, dim, hidden.data(), batch, mlp_dim, add);
   }
   norm_all(data<T>(a.final_norm));

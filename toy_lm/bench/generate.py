@@ -1,8 +1,8 @@
 """Generation beside its peers in one process: transformers on the same weights, and nanoGPT's loop in the same shape.
 
-Each generates from a prompt of one token up to the full context, drawing with top-k 40, at several batch sizes; the best
-of a few repetitions that take turns counts. The weights are random: time does not depend on them. Also: the time until
-the first new token of a prompt of 200 tokens. Prints a table and writes generate.json.
+Each generates from a prompt of one token up to the full context, drawing with top-k 40, at several batch sizes; the
+best of a few repetitions that take turns counts. The weights are random: time does not depend on them. Also: the time
+until the first new token of a prompt of 200 tokens. Prints a table and writes generate.json.
 
 Knows the public interface of generation; knows nothing of how it works.
 """
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -143,11 +144,12 @@ def _transformers(folder: str, device: torch.device, dtype: torch.dtype) -> dict
         return {}
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = model.to(device).eval()
 
     def generate(batch_size: int, num_tokens: int) -> None:
         prompt = torch.full((batch_size, 1), 10, device=device)
-        settings = {"do_sample": True, "top_k": TOP_K, "eos_token_id": -1, "pad_token_id": 0}
+        settings = {"do_sample": True, "top_k": TOP_K, "pad_token_id": 0}
         mask = torch.ones_like(prompt)
         model.generate(prompt, attention_mask=mask, max_new_tokens=num_tokens, **settings).cpu()
 
