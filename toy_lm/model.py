@@ -90,6 +90,18 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def project(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """What each of the linear maps makes of x (..., model_dim).
+
+    In training as one product with their weights side by side: x is read once, and its gradient is not added up from
+    parts. Without gradients the weights would be copied for a single use, so that each map goes alone.
+    """
+    if not torch.is_grad_enabled():
+        return tuple(linear(x) for linear in linears)
+    weights = torch.cat([linear.weight for linear in linears])
+    return F.linear(x, weights).split([linear.out_features for linear in linears], dim=-1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, attention: str) -> None:
         super().__init__()
@@ -107,9 +119,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         batch_size, seqlen, _ = x.shape
         per_head = (batch_size, seqlen, -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(per_head)), cos, sin).transpose(1, 2)
-        k = rotate(self.k_norm(self.k_proj(x).view(per_head)), cos, sin).transpose(1, 2)
-        v = self.v_proj(x).view(per_head).transpose(1, 2)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = rotate(self.q_norm(q.view(per_head)), cos, sin).transpose(1, 2)
+        k = rotate(self.k_norm(k.view(per_head)), cos, sin).transpose(1, 2)
+        v = v.view(per_head).transpose(1, 2)
         # q (batch, num_heads, seqlen, head_dim); k, v (batch, num_kv_heads, seqlen, head_dim)
 
         if cache is not None:
@@ -132,7 +145,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -205,6 +219,10 @@ class Transformer(nn.Module):
             cache.grow(seqlen)
         cos, sin = self.model.rotary(positions)
         x = self.model.dropout(self.model.embed_tokens(token_ids))  # (batch, seqlen, model_dim)
+        if torch.is_autocast_enabled(
+            x.device.type
+        ):  # what the layers add to is kept in their own dtype: half the traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for number, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, cache, number, positions, prefill)
         return self.model.norm(x)
