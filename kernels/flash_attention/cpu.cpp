@@ -948,25 +948,40 @@ const A* vector_rows(const Matrix& matrix, int64_t first_row, int64_t rows, int6
   return copy;
 }
 
+// The products of one query with the keys first to first + W - 1 of a block, of which `keys` exist.
+template <class A>
+Vec<A> dot_rows(const A* q, const A* k, int64_t k_stride, int64_t first, int64_t keys, int64_t padded_dim) {
+  constexpr int W = kWidth<A>;
+  Vec<A> sums[W] = {};
+  const A* row[W];
+  for (int i = 0; i < W; ++i) row[i] = k + std::min(first + i, keys - 1) * k_stride;
+  for (int64_t d = 0; d < padded_dim; d += W) {
+    const Vec<A> q_d = load(q + d);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) sums[i] += q_d * load(row[i] + d);
+  }
+  return sum_rows<A, 1>(sums);
+}
+
 // The softmax of one row of scores against what came before; s [kBlockN] becomes p. Returns the factor for older results.
 template <class A>
 A online_softmax_row(A* s, A factor, A* row_max, A* row_sum) {
   constexpr A kHidden = -std::numeric_limits<A>::infinity();
+  constexpr int W = kWidth<A>;
   const A old_max = *row_max;
-  A new_max = old_max;
-  for (int64_t i = 0; i < kBlockN; ++i) new_max = new_max < s[i] ? s[i] : new_max;
+  Vec<A> maxima = broadcast(old_max);
+  for (int64_t i = 0; i < kBlockN; i += W) maxima = max<A>(load(s + i), maxima);
+  const A new_max = max_lanes<A>(maxima);
   const A shift = new_max == kHidden ? A{0} : new_max * factor;
-  Vec<A> sum{};
-  for (int64_t i = 0; i < kBlockN; i += kWidth<A>) {
+  Vec<A> sums{};
+  for (int64_t i = 0; i < kBlockN; i += W) {
     const Vec<A> p = exp2(load(s + i) * factor - shift);
     store(s + i, p);
-    sum += p;
+    sums += p;
   }
-  const A alpha = std::exp2(old_max * factor - shift);
-  A total{0};
-  for (int lane = 0; lane < kWidth<A>; ++lane) total += sum[lane];
+  const A alpha = new_max == old_max ? A{1} : exp2(broadcast(old_max * factor - shift))[0];
   *row_max = new_max;
-  *row_sum = *row_sum * alpha + total;
+  *row_sum = *row_sum * alpha + sum_lanes<A>(sums);
   return alpha;
 }
 
@@ -999,23 +1014,25 @@ void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_h
     const A* v_rows = vector_rows(v, n, keys, head_dim, buffers.v, &v_stride);
 
     for (int64_t r = 0; r < rows; ++r) {
-      // S = Q K^T, mask
-      const int64_t first = visible.key_begin(r % seqlen_q) - n, last = std::min(keys, visible.key_end(r % seqlen_q) - n);
+      // S = Q K^T
       A* s_row = s + r * kBlockN;
-      for (int64_t i = 0; i < kBlockN; ++i) {
-        s_row[i] = -std::numeric_limits<A>::infinity();
-        if (i < first || i >= last) continue;
-        Vec<A> sum{};
-        for (int64_t d = 0; d < padded_dim; d += W) sum += load(q_rows + r * padded_dim + d) * load(k_rows + i * k_stride + d);
-        A score{0};
-        for (int lane = 0; lane < W; ++lane) score += sum[lane];
-        s_row[i] = scores.negate ? -score : score;
-        if (scores.capped) s_row[i] = std::tanh(s_row[i] * scores.before_cap);
-      }
+      for (int64_t i = 0; i < kBlockN; i += W) store(s_row + i, dot_rows(q_rows + r * padded_dim, k_rows, k_stride, i, keys, padded_dim));
+      if (scores.negate || scores.capped)
+        for (int64_t i = 0; i < kBlockN; i += W) {
+          const Vec<A> score = scores.negate ? -load(s_row + i) : load(s_row + i);
+          store(s_row + i, scores.capped ? tanh(score * scores.before_cap) : score);
+        }
+
+      // Mask
+      const int64_t first = std::clamp<int64_t>(visible.key_begin(r % seqlen_q) - n, 0, keys);
+      const int64_t last = std::clamp<int64_t>(visible.key_end(r % seqlen_q) - n, first, keys);
+      std::fill(s_row, s_row + first, -std::numeric_limits<A>::infinity());
+      std::fill(s_row + last, s_row + kBlockN, -std::numeric_limits<A>::infinity());
 
       // Online softmax; rescale
       const A alpha = online_softmax_row(s_row, scores.factor, row_max + r, row_sum + r);
-      for (int64_t d = 0; d < padded_dim; ++d) acc[r * padded_dim + d] *= alpha;
+      if (alpha != 1)
+        for (int64_t d = 0; d < padded_dim; ++d) acc[r * padded_dim + d] *= alpha;
     }
 
     // O += P V
@@ -1053,7 +1070,7 @@ void decode_all(const Problem& problem, const Heads& q, const Heads& k, const He
   const int64_t heads = static_cast<int64_t>(problem.sequences.size()) * num_kv_heads;
   const double flops = 16.0 * count_flops(problem);  // bound by memory, an operation takes the time of many
 
-  Buffer<A> partials;  // [heads][splits][rows][padded_dim], then row_max and row_sum [heads][splits][rows]
+  thread_local Buffer<A> partials;  // [heads][splits][rows][padded_dim], then row_max and row_sum [heads][splits][rows]
   A* acc = partials.at_least(heads * splits * rows * (padded_dim + 2));
   A* row_max = acc + heads * splits * rows * padded_dim;
   A* row_sum = row_max + heads * splits * rows;

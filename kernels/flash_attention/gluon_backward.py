@@ -303,10 +303,12 @@ def reduce_dq(dq_desc, turn_ptr, rings, walk, CAUSAL: gl.constexpr):
                 pass
             for half in gl.static_range(2):
                 dq = dq_ring.wait(2 * i + half)
-                if HEAD_DIM == 128:
-                    async_add_shared_to_global(dq_desc, [pair, m_block * BLOCK_M, half * 64], dq)
+                row = m_block * BLOCK_M + (0 if HEAD_DIM == 128 else half * 64)
+                column = half * 64 if HEAD_DIM == 128 else 0
+                if n_block == last_n_block:
+                    tma.async_copy_shared_to_global(dq_desc, [pair, row, column], dq)
                 else:
-                    async_add_shared_to_global(dq_desc, [pair, m_block * BLOCK_M + half * 64, 0], dq)
+                    async_add_shared_to_global(dq_desc, [pair, row, column], dq)
             tma.store_wait(0)
             for half in gl.static_range(2):
                 dq_ring.release(2 * i + half)
@@ -323,7 +325,7 @@ def backward_kernel(
     v_desc,
     dout_desc,  # as q_desc
     row_desc,  # tiles [2 * BLOCK_M]: lse and delta of a block of queries
-    dq_desc,  # tiles [64, 64] of the sum (batch * num_heads, padded seqlen_q, head_dim) in fp32, zero at first
+    dq_desc,  # tiles [64, 64] of the sum (batch * num_heads, padded seqlen_q, head_dim) in fp32
     dk_desc,  # as k_desc
     dv_desc,
     turn_ptr,  # (batch * num_heads, num_m_blocks) int32: how many programs have added to a block's dQ; zero at first
@@ -413,7 +415,7 @@ def prepare_kernel(
     gl.store(row + BLOCK_M, delta)
 
 
-@gluon.jit(do_not_specialize=["num_heads", "seqlen_q"])
+@gluon.jit(do_not_specialize=["num_heads", "seqlen_q", "seqlen_k"])
 def finish_kernel(
     sum_ptr,  # (batch * num_heads, num_m_blocks * BLOCK_M, HEAD_DIM) fp32
     dq_ptr,
@@ -423,10 +425,12 @@ def finish_kernel(
     stride_dq_m,
     num_heads,
     seqlen_q,
+    seqlen_k,
+    CAUSAL: gl.constexpr,
     BLOCK_M: gl.constexpr,
     HEAD_DIM: gl.constexpr,
 ):
-    """dq = softmax_scale * sum, rounded to dq's dtype."""
+    """dq = softmax_scale * sum, rounded to dq's dtype; 0 where no key is seen and so none was summed."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [4, 1], [1, 0])
     pair = gl.program_id(1)
     batch = (pair // num_heads).to(gl.int64)
@@ -434,8 +438,11 @@ def finish_kernel(
     offs_m = (gl.program_id(0) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))).to(gl.int64)
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
     inside = (offs_m < seqlen_q)[:, None]
+    summed = inside
+    if CAUSAL:
+        summed = inside & (offs_m >= seqlen_q - seqlen_k)[:, None]
     sum_row = sum_ptr + pair.to(gl.int64) * (gl.num_programs(0) * BLOCK_M * HEAD_DIM)
-    dq = gl.load(sum_row + offs_m[:, None] * HEAD_DIM + offs_d[None, :], mask=inside)
+    dq = gl.load(sum_row + offs_m[:, None] * HEAD_DIM + offs_d[None, :], mask=summed, other=0.0)
     dq_row = dq_ptr + batch * stride_dq_b + head * stride_dq_h
     gl.store(
         dq_row + offs_m[:, None] * stride_dq_m + offs_d[None, :],
@@ -516,7 +523,7 @@ def launch(
     num_n_blocks = triton.cdiv(seqlen_k, BLOCK_N.value)
     num_pairs = batch_size * num_heads
     rows = torch.empty(num_pairs * num_m_blocks * 2 * tile.block_m, dtype=torch.float32, device=q.device)
-    dq_sum = torch.zeros(num_pairs, num_m_blocks * tile.block_m, head_dim, dtype=torch.float32, device=q.device)
+    dq_sum = torch.empty(num_pairs, num_m_blocks * tile.block_m, head_dim, dtype=torch.float32, device=q.device)
     turn = torch.zeros(num_pairs, num_m_blocks, dtype=torch.int32, device=q.device)
 
     prepare_kernel[(num_m_blocks, num_pairs)](
@@ -529,7 +536,7 @@ def launch(
         describe(v, ROWS.value),
         describe(dout, tile.block_m),
         TensorDescriptor(rows, [rows.numel()], [1], [2 * tile.block_m], ROW_LAYOUT),
-        TensorDescriptor(dq_sum, list(dq_sum.shape), list(dq_sum.stride()), [1, ROWS.value, 64], SQUARE_LAYOUT),
+        TensorDescriptor(dq_sum, dq_sum.shape, dq_sum.stride(), [1, ROWS.value, 64], SQUARE_LAYOUT),
         describe(dk, ROWS.value),
         describe(dv, ROWS.value),
         turn,
@@ -546,5 +553,5 @@ def launch(
         num_warps=4,  # of one warpgroup: the others are added by gl.warp_specialize
     )
     finish_kernel[(num_m_blocks, num_pairs)](
-        dq_sum, dq, softmax_scale, *dq.stride()[:3], num_heads, seqlen_q, tile.block_m, head_dim
+        dq_sum, dq, softmax_scale, *dq.stride()[:3], num_heads, seqlen_q, seqlen_k, causal, tile.block_m, head_dim
     )

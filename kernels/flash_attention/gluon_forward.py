@@ -101,12 +101,11 @@ def mask_scores(s, row, n_start, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, S_LAY
 
 
 @gluon.jit
-def online_softmax(s, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
+def online_softmax(s, row_max, row_sum, scale_log2):
     """Lines 9 and 10 of FlashAttention-2's algorithm 1: P, the new maximum and sum, and the rescale of the old ones."""
     new_max = gl.maximum(row_max, gl.max(s, axis=1))
-    shift = new_max * scale_log2
-    if MASKED:
-        shift = gl.where(new_max == float("-inf"), 0.0, shift)  # no key seen yet: -inf - 0, not -inf + inf
+    # A row that has seen no key yet: -inf - 0, not -inf + inf.
+    shift = gl.where(new_max == float("-inf"), 0.0, new_max * scale_log2)
     alpha = gl.exp2(row_max * scale_log2 - shift)
     p = gl.exp2(s * scale_log2 - shift[:, None])
     return p, new_max, row_sum * alpha + gl.sum(p, axis=1), alpha
@@ -116,6 +115,7 @@ def online_softmax(s, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
 def attend_block(
     acc,
     p,
+    alpha,
     row_max,
     row_sum,
     q,
@@ -129,10 +129,10 @@ def attend_block(
     scale_log2,
     seqlen_q,
     seqlen_k,
+    masked,
     consumer_id: gl.constexpr,
     CONSUMERS: gl.constexpr,
     CAUSAL: gl.constexpr,
-    MASKED: gl.constexpr,
     PING_PONG: gl.constexpr,
     S_LAYOUT: gl.constexpr,
 ):
@@ -143,25 +143,26 @@ def attend_block(
     if PING_PONG:
         mbarrier.wait(turn.index(consumer_id), (turns & 1) ^ (1 if consumer_id == 0 else 0))
     s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    p16 = gl.convert_layout(p.to(v_ring.data.dtype), gl.DotOperandLayout(0, acc.type.layout, k_width=2))
     v = v_ring.wait(j - 1)
-    acc = warpgroup_mma(p, v, acc, is_async=True)
+    acc = warpgroup_mma(p16, v, acc, is_async=True)
     if PING_PONG:
         mbarrier.arrive(turn.index((consumer_id + 1) % CONSUMERS), count=1)
 
     s = warpgroup_mma_wait(1, deps=[s])
     k_ring.release(j)
-    if MASKED:
+    if masked:
         s = mask_scores(s, row, n_start, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
-    p_next, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2, MASKED)
+    p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2)
 
     # The next keys are due anyway. Waiting for them here, a branch, keeps ptxas from moving the wait below, and with it
     # the end of P V, ahead of the exponentials.
     STAGES: gl.constexpr = k_ring.data.shape[0]
     mbarrier.wait(k_ring.full.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1, pred=n_start > 0)
-    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    acc, p16 = warpgroup_mma_wait(0, deps=[acc, p16])
     v_ring.release(j - 1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return acc, gl.convert_layout(p_next.to(p.dtype), p.type.layout), row_max, row_sum
+    return acc, p, alpha, row_max, row_sum
 
 
 @gluon.jit
@@ -206,24 +207,19 @@ def consume(
         s = mask_scores(s, row, (n_blocks - 1) * BLOCK_N, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
         row_sum = gl.full([ROWS], 0.0, gl.float32, ROW_LAYOUT)
-        p, row_max, row_sum, _alpha = online_softmax(s, row_max, row_sum, scale_log2, True)
-        p = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, ACC_LAYOUT)
 
-        for n_block in range(n_blocks - 2, n_full - 1, -1):
-            acc, p, row_max, row_sum = attend_block(
-                acc, p, row_max, row_sum, q, k_ring, v_ring, turn, j, j - tiles - 1, row, n_block * BLOCK_N, scale_log2,
-                seqlen_q, seqlen_k, consumer_id, CONSUMERS, CAUSAL, True, PING_PONG, S_LAYOUT,
-            )  # fmt: skip
-            j += 1
-        for n_block in range(n_full - 1, -1, -1):
-            acc, p, row_max, row_sum = attend_block(
-                acc, p, row_max, row_sum, q, k_ring, v_ring, turn, j, j - tiles - 1, row, n_block * BLOCK_N, scale_log2,
-                seqlen_q, seqlen_k, consumer_id, CONSUMERS, CAUSAL, False, PING_PONG, S_LAYOUT,
+        for n_block in range(n_blocks - 2, -1, -1):
+            acc, p, alpha, row_max, row_sum = attend_block(
+                acc, p, alpha, row_max, row_sum, q, k_ring, v_ring, turn, j, j - tiles - 1, row, n_block * BLOCK_N,
+                scale_log2, seqlen_q, seqlen_k, n_block >= n_full, consumer_id, CONSUMERS, CAUSAL, PING_PONG, S_LAYOUT,
             )  # fmt: skip
             j += 1
 
         v = v_ring.wait(j - 1)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
+        p = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         acc = warpgroup_mma(p, v, acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         v_ring.release(j - 1)
@@ -335,15 +331,18 @@ class Tile:
     q_stages: int
     stages: int
     ping_pong: bool
+    persistent: bool
     registers: int
 
 
 # By (head_dim, causal).
 TILES = {
-    (64, False): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=True, registers=240),
-    (64, True): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=True, registers=240),
-    (128, False): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=True, registers=240),
-    (128, True): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=True, registers=240),
+    (64, False): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=False, registers=240, persistent=False),
+    (64, True): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=False, registers=240, persistent=False),
+    (128, False): Tile(
+        block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=False, registers=240, persistent=False
+    ),
+    (128, True): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=False, registers=240, persistent=False),
 }
 _L2_FOR_KEYS = 32 << 20  # bytes of the H200's 60 MB L2 cache that K and V of the heads in flight may take
 
@@ -382,7 +381,9 @@ def launch(
     if causal:
         key_bytes = 2 * seqlen_k * head_dim * k.element_size()
         heads_per_group = max(1, min(num_pairs, _L2_FOR_KEYS // key_bytes * (num_heads // num_kv_heads)))
-    programs = min(num_m_blocks * num_pairs, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    programs = num_m_blocks * num_pairs
+    if tile.persistent:
+        programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
     forward_kernel[(programs,)](
         describe(q, ROWS.value),
         describe(k, tile.block_n),

@@ -14,6 +14,8 @@ copy fills what lies past the end of a sequence with zeros and does not write th
 Everything here needs compute capability 9.0: TMA and wgmma. Imported only where such a device is at hand.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -104,11 +106,16 @@ def new_tile_ring(tensor_desc, STAGES: gl.constexpr, READERS: gl.constexpr):
     return new_ring(data, READERS)
 
 
+@functools.cache  # made anew, layouts would take most of the time of a launch
+def tile_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile [rows, head_dim] lies in shared memory: swizzled as TMA and wgmma agree."""
+    return gl.NVMMASharedLayout.get_default_for([rows, head_dim], _GLUON_DTYPES[dtype])
+
+
 def describe(x: Tensor, rows: int) -> TensorDescriptor:
     """TMA's view of x (batch, num_heads, seqlen, head_dim): tiles of `rows` positions of one head."""
     head_dim = x.shape[-1]
-    layout = gl.NVMMASharedLayout.get_default_for([rows, head_dim], _GLUON_DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, head_dim], layout)
+    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, rows, head_dim], tile_layout(rows, head_dim, x.dtype))
 
 
 def refusal(tensors: dict[str, Tensor], softmax_scale: float, window_size: int, softcap: float) -> str | None:

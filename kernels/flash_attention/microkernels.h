@@ -119,6 +119,13 @@ inline E sum_lanes(Vec<E> x) {
   return sum;
 }
 
+template <class E>
+inline E max_lanes(Vec<E> x) {
+  E greatest = x[0];
+  for (int i = 1; i < kWidth<E>; ++i) greatest = x[i] > greatest || x[i] != x[i] ? x[i] : greatest;
+  return greatest;
+}
+
 // Functions
 
 constexpr double kLog2E = 1.4426950408889634;
@@ -237,6 +244,21 @@ inline void transpose_square(Vec<E>* rows) {
       rows[i | kStep] = exchange<E, kStep, false>(x, y, std::make_index_sequence<W>());
     }
     transpose_square<E, kStep * 2>(rows);
+  }
+}
+
+// Lane i becomes the sum of the lanes of rows[i]: the same exchanges, with a sum after each.
+template <class E, int kStep>
+inline Vec<E> sum_rows(Vec<E>* rows) {
+  constexpr int W = kWidth<E>;
+  if constexpr (kStep < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i += 2 * kStep)
+      rows[i] = exchange<E, kStep, true>(rows[i], rows[i + kStep], std::make_index_sequence<W>()) +
+                exchange<E, kStep, false>(rows[i], rows[i + kStep], std::make_index_sequence<W>());
+    return sum_rows<E, kStep * 2>(rows);
+  } else {
+    return rows[0];
   }
 }
 
