@@ -140,15 +140,23 @@ def _add_generate(jobs) -> None:
     job.add_argument("--min-p", type=float, help="draw from tokens at least this fraction as likely as the likeliest")
     job.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     job.add_argument("--show-top-k", type=int, default=0, metavar="N", help="print the N candidates behind each token")
+    job.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the weights; by default bfloat16 on a GPU that computes in it, else float32",
+    )
     _add_attention(job)
     _add_device(job)
 
 
 def _generate(options: argparse.Namespace) -> None:
     prompt = _read_prompt(options)
+    import torch
+
     import toy_lm
 
-    lm = toy_lm.load(options.run, device=options.device, attention=options.attention)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    lm = toy_lm.load(options.run, device=options.device, attention=options.attention, dtype=dtype)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     settings = {name: getattr(options, name) for name in names}
     if options.show_top_k:
@@ -217,13 +225,30 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _add_bench(jobs) -> None:
-    names = sorted(path.stem.replace("_", "-") for path in BENCH_FOLDER.glob("[a-z]*.py"))
-    job = _add_job(jobs, "bench", _bench, "The kernels and the jobs beside their peers, on this machine.")
-    job.add_argument("name", choices=names, metavar="NAME", help=", ".join(names) or "none")
+    names = ", ".join(_bench_names())
+    job = _add_job(jobs, "bench", _bench, f"The kernels and the jobs beside their peers, on this machine: {names}.")
+    job.add_argument("name", choices=_bench_names(), metavar="NAME", help=f"{names}; `bench NAME -- --help` says more")
+
+
+def _bench_names() -> list[str]:
+    """attention for attention.py (GPU) and attention_cpu.py alike."""
+    return sorted({path.stem.removesuffix("_cpu").replace("_", "-") for path in BENCH_FOLDER.glob("[a-z]*.py")})
 
 
 def _bench(options: argparse.Namespace) -> None:
-    importlib.import_module(f"toy_lm.bench.{options.name.replace('-', '_')}").run(options.rest)
+    rest = [argument for argument in options.rest if argument != "--"]
+    name = options.name.replace("-", "_")
+    if (BENCH_FOLDER / f"{name}_cpu.py").is_file() and _bench_device(rest) == "cpu":
+        name += "_cpu"
+    importlib.import_module(f"toy_lm.bench.{name}").run(rest)
+
+
+def _bench_device(rest: list[str]) -> str:
+    from toy_lm.device import pick_device
+
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", default="auto")
+    return pick_device(parser.parse_known_args(rest)[0].device).type
 
 
 def _add_info(jobs) -> None:
