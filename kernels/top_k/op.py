@@ -12,7 +12,8 @@ as an optional tensor with a value per row, which is read by the kernel alone an
 Knows torch and its own folder; knows nothing of models.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from kernels.load import ensure
 from kernels.top_k import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INFINITY = float("inf")
 MAX_VOCAB_SIZE = 2**20  # so that a row's weights, 2^40 each at most, add up below 2^61
 
 _library = torch.library.Library("kernels", "FRAGMENT")
@@ -109,31 +111,22 @@ def sample(
     vocab_size = logits.shape[1]
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(f"logits: got a vocabulary of {vocab_size}, needs 1 to {MAX_VOCAB_SIZE}")
-    infinity = float("inf")
-    _check_number("temperature", temperature, "a finite number, 0 or more", lambda t: 0.0 <= t < infinity)
-    _check_number(
-        "top_k", top_k, f"1 to {vocab_size} (the vocabulary), or None", lambda k: 1 <= k <= vocab_size, (int,)
-    )
-    _check_number("top_p", top_p, "more than 0 and at most 1, or None", lambda p: 0.0 < p <= 1.0)
-    _check_number("min_p", min_p, "0 to 1, or None", lambda p: 0.0 <= p <= 1.0)
-    _check_number("seed", seed, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63, (int,))
-    _check_number("step", step, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63, (int,))
-
-    numbers, tensors = [], []
-    parameters = (
-        ("temperature", temperature, 1.0, torch.float32),
-        ("top_k", top_k, 0, torch.int64),
-        ("top_p", top_p, 1.0, torch.float32),
-        ("min_p", min_p, 0.0, torch.float32),
-        ("seed", seed, 0, torch.int64),
-        ("step", step, 0, torch.int64),
-    )
-    for name, value, off, dtype in parameters:
-        numbers.append(off if value is None or isinstance(value, Tensor) else value)
-        tensors.append(_per_row(name, value, dtype, logits) if isinstance(value, Tensor) else None)
+    numbers: list[float] = []
+    tensors: list[Tensor | None] = []
+    for parameter, value in zip(_PARAMETERS, (temperature, top_k, top_p, min_p, seed, step), strict=True):
+        if isinstance(value, Tensor):
+            numbers.append(parameter.off)
+            tensors.append(_per_row(parameter, value, logits))
+            continue
+        if value is None and "None" in parameter.allowed:
+            value = parameter.off
+        else:
+            _check_number(parameter, value, vocab_size)
+        numbers.append(value)
+        tensors.append(None)
     ensure(logits.device.type)
     token_ids, logprobs = _ops.sample(_unit_stride(logits.detach()), *numbers, *tensors, return_logprobs)
-    return Sampled(token_ids, logprobs[0], logprobs[1]) if return_logprobs else token_ids
+    return Sampled(token_ids, *logprobs.unbind()) if return_logprobs else token_ids
 
 
 def _check_tensor(name: str, x: Tensor) -> None:
@@ -141,15 +134,39 @@ def _check_tensor(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got {x.dtype}, needs float32, float16 or bfloat16")
 
 
-def _check_number(name, value, allowed, is_allowed, kinds=(int, float)) -> None:
-    if value is None or isinstance(value, Tensor):
-        return
-    if isinstance(value, bool) or not isinstance(value, kinds) or not is_allowed(value):
-        raise ValueError(f"{name}: got {value!r}, needs {allowed}")
+class _Parameter(NamedTuple):
+    """What a parameter of `sample` may be."""
+
+    name: str
+    kinds: tuple[type, ...]  # of a number
+    dtype: torch.dtype  # of a tensor
+    off: float | int  # the number that stands for None, and for a tensor
+    is_allowed: Callable[[Any, int], bool]  # of a number and the vocabulary's size
+    allowed: str
 
 
-def _per_row(name: str, value: Tensor, dtype: torch.dtype, logits: Tensor) -> Tensor:
+_WHOLE, _REAL = (int,), (int, float)
+_ANY_WHOLE = "a whole number from 0 to 2^63 - 1"
+_PARAMETERS = (
+    _Parameter(
+        "temperature", _REAL, torch.float32, 1.0, lambda t, _: 0.0 <= t < INFINITY, "a finite number, 0 or more"
+    ),
+    _Parameter("top_k", _WHOLE, torch.int64, 0, lambda k, n: 1 <= k <= n, "1 to {} (the vocabulary), or None"),
+    _Parameter("top_p", _REAL, torch.float32, 1.0, lambda p, _: 0.0 < p <= 1.0, "more than 0 and at most 1, or None"),
+    _Parameter("min_p", _REAL, torch.float32, 0.0, lambda p, _: 0.0 <= p <= 1.0, "0 to 1, or None"),
+    _Parameter("seed", _WHOLE, torch.int64, 0, lambda n, _: 0 <= n < 2**63, _ANY_WHOLE),
+    _Parameter("step", _WHOLE, torch.int64, 0, lambda n, _: 0 <= n < 2**63, _ANY_WHOLE),
+)
+
+
+def _check_number(parameter: _Parameter, value, vocab_size: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, parameter.kinds) or not parameter.is_allowed(value, vocab_size):
+        raise ValueError(f"{parameter.name}: got {value!r}, needs {parameter.allowed.format(vocab_size)}")
+
+
+def _per_row(parameter: _Parameter, value: Tensor, logits: Tensor) -> Tensor:
     """A parameter tensor as the kernels take it: (batch,), possibly with stride 0."""
+    name, dtype = parameter.name, parameter.dtype
     if value.device != logits.device:
         raise ValueError(f"{name}: got a tensor on {value.device}, logits are on {logits.device}")
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != logits.shape[0]):

@@ -154,11 +154,11 @@ def test_entries_of_parameter_tensors_outside_what_is_allowed(device):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("temperature", [-1.0, INFINITY, float("nan"), "hot"]),
+        ("temperature", [-1.0, INFINITY, float("nan"), "hot", None]),
         ("top_k", [0, -1, 11, 2.5, True]),
         ("top_p", [0.0, -0.1, 1.1, float("nan")]),
         ("min_p", [-0.1, 1.1, float("nan")]),
-        ("seed", [-1, 2**63, 1.5]),
+        ("seed", [-1, 2**63, 1.5, None]),
         ("step", [-1, 2**63]),
     ],
 )
