@@ -117,13 +117,9 @@ def sample(
         if isinstance(value, Tensor):
             numbers.append(parameter.off)
             tensors.append(_per_row(parameter, value, logits))
-            continue
-        if value is None and "None" in parameter.allowed:
-            value = parameter.off
         else:
-            _check_number(parameter, value, vocab_size)
-        numbers.append(value)
-        tensors.append(None)
+            numbers.append(_number(parameter, value, vocab_size))
+            tensors.append(None)
     ensure(logits.device.type)
     token_ids, logprobs = _ops.sample(_unit_stride(logits.detach()), *numbers, *tensors, return_logprobs)
     return Sampled(token_ids, *logprobs.unbind()) if return_logprobs else token_ids
@@ -140,6 +136,7 @@ class _Parameter(NamedTuple):
     name: str
     kinds: tuple[type, ...]  # of a number
     dtype: torch.dtype  # of a tensor
+    optional: bool  # None is allowed
     off: float | int  # the number that stands for None, and for a tensor
     is_allowed: Callable[[Any, int], bool]  # of a number and the vocabulary's size
     allowed: str
@@ -148,20 +145,21 @@ class _Parameter(NamedTuple):
 _WHOLE, _REAL = (int,), (int, float)
 _ANY_WHOLE = "a whole number from 0 to 2^63 - 1"
 _PARAMETERS = (
-    _Parameter(
-        "temperature", _REAL, torch.float32, 1.0, lambda t, _: 0.0 <= t < INFINITY, "a finite number, 0 or more"
-    ),
-    _Parameter("top_k", _WHOLE, torch.int64, 0, lambda k, n: 1 <= k <= n, "1 to {} (the vocabulary), or None"),
-    _Parameter("top_p", _REAL, torch.float32, 1.0, lambda p, _: 0.0 < p <= 1.0, "more than 0 and at most 1, or None"),
-    _Parameter("min_p", _REAL, torch.float32, 0.0, lambda p, _: 0.0 <= p <= 1.0, "0 to 1, or None"),
-    _Parameter("seed", _WHOLE, torch.int64, 0, lambda n, _: 0 <= n < 2**63, _ANY_WHOLE),
-    _Parameter("step", _WHOLE, torch.int64, 0, lambda n, _: 0 <= n < 2**63, _ANY_WHOLE),
+    _Parameter("temperature", _REAL, torch.float32, 1.0, lambda t, _: 0 <= t < INFINITY, "a finite number, 0 or more"),
+    _Parameter("top_k", _WHOLE, torch.int64, True, 0, lambda k, n: 1 <= k <= n, "1 to {} (the vocabulary), or None"),
+    _Parameter("top_p", _REAL, torch.float32, True, 1.0, lambda p, _: 0 < p <= 1, "more than 0 and at most 1, or None"),
+    _Parameter("min_p", _REAL, torch.float32, True, 0.0, lambda p, _: 0 <= p <= 1, "0 to 1, or None"),
+    _Parameter("seed", _WHOLE, torch.int64, False, 0, lambda n, _: 0 <= n < 2**63, _ANY_WHOLE),
+    _Parameter("step", _WHOLE, torch.int64, False, 0, lambda n, _: 0 <= n < 2**63, _ANY_WHOLE),
 )
 
 
-def _check_number(parameter: _Parameter, value, vocab_size: int) -> None:
+def _number(parameter: _Parameter, value, vocab_size: int) -> float:
+    if value is None and parameter.optional:
+        return parameter.off
     if isinstance(value, bool) or not isinstance(value, parameter.kinds) or not parameter.is_allowed(value, vocab_size):
         raise ValueError(f"{parameter.name}: got {value!r}, needs {parameter.allowed.format(vocab_size)}")
+    return value
 
 
 def _per_row(parameter: _Parameter, value: Tensor, logits: Tensor) -> Tensor:
