@@ -198,6 +198,7 @@ def compare_losses(device: torch.device, steps: int) -> dict[str, list[tuple[int
                 attention=kind,
                 device=device.type,
                 steps=steps,
+                compile=False,  # which would take longer than so short a run
                 log=lambda line: None,
             )
             rows = report.read_metrics(out / "metrics.csv")
