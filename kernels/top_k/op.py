@@ -145,7 +145,7 @@ class _Parameter(NamedTuple):
 _WHOLE, _REAL = (int,), (int, float)
 _ANY_WHOLE = "a whole number from 0 to 2^63 - 1"
 _PARAMETERS = (
-    _Parameter("temperature", _REAL, torch.float32, 1.0, lambda t, _: 0 <= t < INFINITY, "a finite number, 0 or more"),
+    _Parameter("temperature", _REAL, torch.float32, False, 1.0, lambda t, _: 0 <= t < INFINITY, "finite, 0 or more"),
     _Parameter("top_k", _WHOLE, torch.int64, True, 0, lambda k, n: 1 <= k <= n, "1 to {} (the vocabulary), or None"),
     _Parameter("top_p", _REAL, torch.float32, True, 1.0, lambda p, _: 0 < p <= 1, "more than 0 and at most 1, or None"),
     _Parameter("min_p", _REAL, torch.float32, True, 0.0, lambda p, _: 0 <= p <= 1, "0 to 1, or None"),
@@ -154,7 +154,7 @@ _PARAMETERS = (
 )
 
 
-def _number(parameter: _Parameter, value, vocab_size: int) -> float:
+def _number(parameter: _Parameter, value: Any, vocab_size: int) -> float:
     if value is None and parameter.optional:
         return parameter.off
     if isinstance(value, bool) or not isinstance(value, parameter.kinds) or not parameter.is_allowed(value, vocab_size):
