@@ -157,7 +157,8 @@ _PARAMETERS = (
 def _number(parameter: _Parameter, value: Any, vocab_size: int) -> float:
     if value is None and parameter.optional:
         return parameter.off
-    if isinstance(value, bool) or not isinstance(value, parameter.kinds) or not parameter.is_allowed(value, vocab_size):
+    is_number = isinstance(value, parameter.kinds) and not isinstance(value, bool)
+    if not is_number or not parameter.is_allowed(value, vocab_size):
         raise ValueError(f"{parameter.name}: got {value!r}, needs {parameter.allowed.format(vocab_size)}")
     return value
 
