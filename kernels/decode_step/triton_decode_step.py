@@ -48,7 +48,7 @@ def _stream(x_ptr, parts_ptr, rows, columns, mask, batch, dim: tl.constexpr, num
 @triton.jit
 def _rotated(first, second, squares, scale_ptr, cos, sin, eps, offs, inside, HEAD_DIM: tl.constexpr):
     """Both halves of a head's rows [BLOCK_B, HALF]: normalised, scaled, turned by their angles."""
-    factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+    factor = (1.0 / tl.sqrt_rn(squares / HEAD_DIM + eps))[:, None]
     first = first * factor * tl.load(scale_ptr + offs, mask=inside, other=0.0).to(tl.float32)[None, :]
     second = second * factor * tl.load(scale_ptr + HEAD_DIM // 2 + offs, mask=inside, other=0.0).to(tl.float32)[None, :]
     return first * cos - second * sin, second * cos + first * sin
@@ -111,7 +111,7 @@ def _qkv(
         first = tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), first, input_precision="ieee")
         w_at += HEAD_DIM // 2 * dim
         second = tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), second, input_precision="ieee")
-    factor = tl.rsqrt(squares / dim + eps)[:, None]
+    factor = (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
     first, second = first * factor, second * factor
 
     position = tl.load(position_ptr + rows, mask=in_batch, other=0)
@@ -224,7 +224,7 @@ def _gate_up(
         gate = tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), gate, input_precision="ieee")
         w_at += mlp_dim * dim
         up = tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), up, input_precision="ieee")
-    factor = tl.rsqrt(squares / dim + eps)[:, None]
+    factor = (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
     gate, up = gate * factor, up * factor
     hidden = gate * tl.sigmoid(gate) * up
     at = hidden_ptr + rows[:, None] * mlp_dim + n[None, :]
@@ -295,7 +295,7 @@ def _head(
         w_at = w_ptr + n[None, :].to(tl.int64) * dim + columns[:, None]
         w = tl.load(w_at, mask=(columns < dim)[:, None] & (n < vocab_size)[None, :], other=0.0)
         acc = tl.dot(scaled, w, acc, input_precision="ieee")
-    acc *= tl.rsqrt(squares / dim + eps)[:, None]
+    acc *= (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
     at = logits_ptr + rows[:, None].to(tl.int64) * vocab_size + n[None, :]
     tl.store(at, acc, mask=(rows < batch)[:, None] & (n < vocab_size)[None, :])
 

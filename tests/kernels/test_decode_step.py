@@ -54,11 +54,9 @@ def arguments(shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: st
 
 
 def by_definition(token_ids, positions, k_cache, v_cache, weights, dtype: torch.dtype):
-    """On the CPU, computed in `dtype`: logits and caches."""
-    caches = [cache.cpu().to(dtype) for cache in (k_cache, v_cache)]
-    logits = reference.decode_step(
-        token_ids.cpu(), positions.cpu(), *caches, *(weight.cpu().to(dtype) for weight in weights), EPS
-    )
+    """Computed in `dtype`: logits and caches."""
+    caches = [cache.to(dtype, copy=True) for cache in (k_cache, v_cache)]
+    logits = reference.decode_step(token_ids, positions, *caches, *(weight.to(dtype) for weight in weights), EPS)
     return logits.double(), *(cache.double() for cache in caches)
 
 
@@ -71,7 +69,7 @@ def test_equals_the_definition(device: str, shape: tuple[int, ...], batch: int, 
     plain = by_definition(*given, dtype)
     logits = kernels.decode_step(*given, norm_eps=EPS)
     assert logits.shape == (batch, shape[6]) and logits.dtype == torch.float32
-    got = (logits.cpu().double(), given[2].cpu().double(), given[3].cpu().double())
+    got = (logits.double(), given[2].double(), given[3].double())
     for ours, theirs, truth in zip(got, plain, exact, strict=True):
         written = ~truth.isnan()
         assert torch.equal(ours.isnan(), ~written)  # nothing but the new keys and values was written
