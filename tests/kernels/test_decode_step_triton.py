@@ -53,8 +53,11 @@ class Recorder:
         return compile_kernel(self.kernel, signature, constants, capability=capability, **launched_with)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [*((torch.bfloat16, capability) for capability in CAPABILITIES), (torch.float32, 80), (torch.float32, 120)],
+    ids=str,
+)
 def test_compiles_for_every_card(capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     from kernels.decode_step import triton_decode_step as module
 
