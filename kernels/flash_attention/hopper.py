@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
+from kernels.flash_attention import tiles
 from kernels.flash_attention.op import NO_WINDOW
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -121,7 +122,7 @@ def describe(x: Tensor, rows: int) -> TensorDescriptor:
 def refusal(tensors: dict[str, Tensor], softmax_scale: float, window_size: int, softcap: float) -> str | None:
     """Why the Hopper kernels do not take these tensors (by name) and options, in a few words, or None if they do."""
     q = tensors["q"]
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) != (9, 0):
+    if q.is_cuda and tiles.card(q.device) != "hopper":
         return "needs compute capability 9.0"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
