@@ -6,8 +6,8 @@
 //   dQ = softmax_scale dS K    dK = softmax_scale dS^T Q
 //
 // Everything is computed transposed, S^T = K Q^T and O^T = V^T P^T, with the queries of a block side by side in vector
-// lanes: row_max, row_sum and the rescaling are then plain vector arithmetic, and K and V are read one element at a time
-// (broadcast), so that they need no packing.
+// lanes: row_max, row_sum and the rescaling are then plain vector arithmetic, and K and V are read one element at a
+// time (broadcast), so that they need no packing. In bf16 pairs (microkernels.h) they are packed once for all queries.
 //
 //               kBlockM queries (lanes)            Forward, one task: one Q block of one head. Loops over K, V blocks.
 //               +-----------------+                Backward, one task: one key head, or a share of its query blocks.
@@ -17,8 +17,8 @@
 //   | [N, D] |  | S^T, P^T [N, M] |                O^T [D, M] += V^T P^T
 //   +--------+  +-----------------+                dK, dV [N, D] += dS^T Q, P^T dO    dQ^T [D, M] += K^T dS^T
 //
-// FlashAttention-2 (arXiv:2307.08691). Forward: algorithm 1, the loop of lines 6 to 11 in forward_block. Backward: algorithm
-// 2, the loops of lines 6 to 17 in backward_task.
+// FlashAttention-2 (arXiv:2307.08691). Forward: algorithm 1, lines 6 to 11 in the loop of forward_block, 12 and 13 in
+// OnlineSoftmax::finish. Backward: algorithm 2, line 4 in read_row_statistics, 5 to 19 in the loops of backward_chunk.
 //   paper   B_r      B_c      m        l        O~   L    D      tau
 //   here    kBlockM  kBlockN  row_max  row_sum  acc  lse  delta  softmax_scale
 //
@@ -52,11 +52,11 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr double kParallelFlops = 2e6;  // less work than this is done before other threads have woken
-constexpr int64_t kBlockN = 64;       // keys in a block
-constexpr int64_t kChunk = 512;       // queries whose gradients stay in the cache while the keys pass by
+constexpr int64_t kBlockN = 64;         // keys in a block
+constexpr int64_t kChunk = 512;         // queries whose gradients stay in the cache while the keys pass by
 constexpr int64_t kBackwardTasks = 16;  // the backward pass is cut into at least so many, where it is long enough
-constexpr int64_t kDecodeSplit = 512;  // keys of one decoding task
-constexpr int64_t kDecodeRows = 16;   // more query rows than this per key head are no longer decoding
+constexpr int64_t kDecodeSplit = 512;   // keys of one decoding task
+constexpr int64_t kDecodeRows = 16;     // more query rows than this per key head are no longer decoding
 constexpr int64_t kKeptBytes = int64_t{64} << 20;  // a buffer larger than this is given back after the call
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -191,9 +191,7 @@ struct Visible {
         causal(options.causal),
         window(std::min<int64_t>(options.window_size, int64_t{1} << 40)) {}
 
-  int64_t key_begin(int64_t i) const {
-    return window ? std::clamp<int64_t>(i + offset - window + 1, 0, seqlen_k) : 0;
-  }
+  int64_t key_begin(int64_t i) const { return window ? std::clamp<int64_t>(i + offset - window + 1, 0, seqlen_k) : 0; }
   int64_t key_end(int64_t i) const {
     if (causal) return std::clamp<int64_t>(i + offset + 1, 0, seqlen_k);
     return window ? std::clamp<int64_t>(i + offset + window, 0, seqlen_k) : seqlen_k;
@@ -232,7 +230,8 @@ class Buffer {
 
 // block [padded_rows][block_row] = matrix[0:rows, 0:dims], zero beyond
 template <class A>
-TOY_LM_NOINLINE void read_rows(const Matrix& matrix, int64_t rows, int64_t dims, A* block, int64_t block_row, int64_t padded_rows) {
+TOY_LM_NOINLINE void read_rows(const Matrix& matrix, int64_t rows, int64_t dims, A* block, int64_t block_row,
+                               int64_t padded_rows) {
   visit<A>(matrix.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t i = 0; i < rows; ++i) {
@@ -250,7 +249,8 @@ TOY_LM_NOINLINE void read_rows(const Matrix& matrix, int64_t rows, int64_t dims,
 
 // matrix[0:rows, 0:dims] = factor * block, block [rows][block_row]
 template <class A>
-TOY_LM_NOINLINE void write_rows(const Matrix& matrix, int64_t rows, int64_t dims, A factor, const A* block, int64_t block_row) {
+TOY_LM_NOINLINE void write_rows(const Matrix& matrix, int64_t rows, int64_t dims, A factor, const A* block,
+                                int64_t block_row) {
   visit<A>(matrix.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t i = 0; i < rows; ++i) {
@@ -299,7 +299,9 @@ struct Operands<Plain<A>> {
     read_rows(block, keys, head_dim, to, head_dim, keys);
   }
   static Left<E> packed_rows(const E* packed, int64_t head_dim) { return {packed, head_dim, 1}; }
-  TOY_LM_NOINLINE static void pack_columns(const Matrix& block, int64_t keys, int64_t head_dim, E* to) { pack_rows(block, keys, head_dim, to); }
+  TOY_LM_NOINLINE static void pack_columns(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
+    pack_rows(block, keys, head_dim, to);
+  }
   static Left<E> packed_columns(const E* packed, int64_t head_dim) { return {packed, 1, head_dim}; }
 
   // right [head_dim][kBlockM] = sign * block^T
@@ -366,12 +368,14 @@ struct Operands<Bf16Pairs<kBlockM>> {
   TOY_LM_NOINLINE static void pack_columns(const Matrix& block, int64_t keys, int64_t head_dim, E* to) {
     alignas(64) uint32_t pairs[kBlockN / 2 * kMaxHeadDim];
     pair_rows(block, keys, head_dim, pairs, kBlockN);
-    transpose(pairs, padded_dim(head_dim), kBlockN / 2, padded_dim(head_dim), reinterpret_cast<uint32_t*>(to), kBlockN / 2);
+    transpose(pairs, padded_dim(head_dim), kBlockN / 2, padded_dim(head_dim), reinterpret_cast<uint32_t*>(to),
+              kBlockN / 2);
   }
   static Left<E> packed_columns(const E* packed, int64_t) { return {packed, kBlockN, 1}; }
 
   // pairs [padded_rows / 2][padded_dim]: rows 2 i (lower halves) and 2 i + 1 (upper halves)
-  TOY_LM_NOINLINE static void pair_rows(const Matrix& block, int64_t rows, int64_t head_dim, uint32_t* pairs, int64_t padded_rows) {
+  TOY_LM_NOINLINE static void pair_rows(const Matrix& block, int64_t rows, int64_t head_dim, uint32_t* pairs,
+                                        int64_t padded_rows) {
     const int64_t width = padded_dim(head_dim);
     alignas(64) static constexpr E kZeros[kMaxHeadDim] = {};
     for (int64_t i = 0; i < padded_rows; i += 2, pairs += width) {
@@ -468,9 +472,11 @@ struct Scores {
   bool negate, capped;
   A factor, before_cap;
 
-  TOY_LM_NOINLINE explicit Scores(const Options& options) : negate(options.softmax_scale < 0), capped(options.softcap > 0) {
+  TOY_LM_NOINLINE explicit Scores(const Options& options)
+      : negate(options.softmax_scale < 0), capped(options.softcap > 0) {
     const double scale = std::abs(options.softmax_scale);
-    factor = std::max<A>(static_cast<A>((capped ? options.softcap : scale) * kLog2E), std::numeric_limits<float>::min());
+    factor =
+        std::max<A>(static_cast<A>((capped ? options.softcap : scale) * kLog2E), std::numeric_limits<float>::min());
     before_cap = capped ? static_cast<A>(scale / options.softcap) : A{0};
   }
 };
@@ -492,14 +498,19 @@ bool needs_mask(const Visible& visible, int64_t row_begin, int64_t row_end, int6
 
 // s = -inf where the query does not see the key, and in lanes that hold no query. s [keys][kBlockM]
 template <int64_t kBlockM, class A>
-TOY_LM_NOINLINE void mask(const Visible& visible, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t keys, int64_t columns, A* s) {
+TOY_LM_NOINLINE void mask(const Visible& visible, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t keys,
+                          int64_t columns, A* s) {
   constexpr int W = kWidth<A>;
   // Lane m sees the keys first + m <= n < last + m of this tile. Further off than a tile is as good as a tile off.
-  const auto near = [&](int64_t x) { return static_cast<A>(std::clamp<int64_t>(x, -2 * (kBlockM + kBlockN), 2 * (kBlockM + kBlockN))); };
+  const auto near = [&](int64_t x) {
+    return static_cast<A>(std::clamp<int64_t>(x, -2 * (kBlockM + kBlockN), 2 * (kBlockM + kBlockN)));
+  };
   const bool windowed = visible.window > 0;
   const int64_t position = row_begin + visible.offset - key_begin;
   const A first = near(windowed ? position - visible.window + 1 : std::numeric_limits<int32_t>::min());
-  const A last = near(visible.causal ? position + 1 : windowed ? position + visible.window : std::numeric_limits<int32_t>::max());
+  const A last = near(visible.causal ? position + 1
+                      : windowed     ? position + visible.window
+                                     : std::numeric_limits<int32_t>::max());
   const Vec<A> hidden = broadcast(-std::numeric_limits<A>::infinity());
   Vec<A> lane{};
   for (int i = 0; i < W; ++i) lane[i] = static_cast<A>(i);
@@ -516,11 +527,11 @@ TOY_LM_NOINLINE void mask(const Visible& visible, int64_t row_begin, int64_t row
 
 // Rows up to the next whole unit of keys, which hold no key. At least up to an even number, for pairs.
 template <class M>
-int64_t hide_padding(typename M::Accumulator* s, int64_t keys) {
+int64_t hide_padding(typename M::Accumulator* s, int64_t keys, int64_t columns) {
   constexpr int64_t kBlockM = M::kBlockM;
   using A = typename M::Accumulator;
   const int64_t padded = round_up(keys, std::max<int64_t>(M::kDepthUnit, 2));
-  std::fill(s + keys * kBlockM, s + padded * kBlockM, -std::numeric_limits<A>::infinity());
+  for (int64_t n = keys; n < padded; ++n) std::fill_n(s + n * kBlockM, columns, -std::numeric_limits<A>::infinity());
   return padded;
 }
 
@@ -546,14 +557,15 @@ struct OnlineSoftmax {
     std::fill_n(row_sum, kBlockM, A{0});
   }
 
-  // p = exp(s - row_max) for s [keys][kBlockM], where keys is even. Returns whether older results need rescaling.
-  // row_max follows the greatest score only when that is far ahead (as in FlashAttention-4): the result is the same, and
-  // most tiles need no rescaling. -inf - (-inf) is kept from happening here alone: a row that has seen no key takes 0
-  // for its maximum, so that its weights are exp2(-inf) = 0.
-  TOY_LM_NOINLINE bool update(const A* s, int64_t keys, int64_t columns, A factor, typename M::Element* p) {
+  // p = exp(s - row_max) for some columns of s [keys][kBlockM], where keys is even. Returns whether older results need
+  // rescaling. row_max follows the greatest score only when that is far ahead (as in FlashAttention-4): the result is
+  // the same, and most tiles need no rescaling. -inf - (-inf) is kept from happening here alone: a row that has seen no
+  // key takes 0 for its maximum, so that its weights are exp2(-inf) = 0.
+  TOY_LM_NOINLINE bool update(const A* s, int64_t keys, int64_t first_column, int64_t columns, A factor,
+                              typename M::Element* p) {
     constexpr int W = kWidth<A>;
     bool rescale = false;
-    for (int64_t j = 0; j < columns; j += W) {
+    for (int64_t j = first_column; j < first_column + columns; j += W) {
       const Vec<A> old_max = load(row_max + j);
       Vec<A> even_max = old_max, odd_max = old_max;
       for (int64_t n = 0; n < keys; n += 2) {
@@ -580,8 +592,8 @@ struct OnlineSoftmax {
     return rescale;
   }
 
-  // Divides by the sums at last. lse in natural logarithms; in fp64 up to its end, because the backward pass takes every
-  // weight from it.
+  // Divides by the sums at last. lse in natural logarithms; in fp64 up to its end, because the backward pass takes
+  // every weight from it.
   TOY_LM_NOINLINE void finish(int64_t rows, A factor, A* acc, int64_t head_dim, const Matrix& lse) {
     constexpr int W = kWidth<A>;
     alignas(64) A logs[kBlockM];
@@ -591,29 +603,32 @@ struct OnlineSoftmax {
       store(alpha + j, select<A>(sum == A{0}, Vec<A>{}, A{1} / sum));
       store(logs + j, log(sum));
     }
-    scale_columns(acc, head_dim, columns);
+    scale_columns(acc, head_dim, 0, columns);
     const double natural = static_cast<double>(factor) * kLn2;
     for (int64_t m = 0; m < rows; ++m)
-      *lse.row<A>(m) = row_sum[m] == 0 ? kHidden : static_cast<A>(static_cast<double>(row_max[m]) * natural + static_cast<double>(logs[m]));
+      *lse.row<A>(m) = row_sum[m] == 0
+                           ? kHidden
+                           : static_cast<A>(static_cast<double>(row_max[m]) * natural + static_cast<double>(logs[m]));
   }
 
   // acc [head_dim][kBlockM] *= alpha
-  TOY_LM_NOINLINE void scale_columns(A* acc, int64_t head_dim, int64_t columns) const {
+  TOY_LM_NOINLINE void scale_columns(A* acc, int64_t head_dim, int64_t first_column, int64_t columns) const {
     for (int64_t d = 0; d < head_dim; ++d)
-      for (int64_t j = 0; j < columns; j += kWidth<A>) store(acc + d * kBlockM + j, load(acc + d * kBlockM + j) * load(alpha + j));
+      for (int64_t j = first_column; j < first_column + columns; j += kWidth<A>)
+        store(acc + d * kBlockM + j, load(acc + d * kBlockM + j) * load(alpha + j));
   }
 };
 
 // out and lse of one block of queries of one head.
 template <class M>
-void forward_block(const Problem& problem, const Sequence& sequence, int64_t row_begin, const Matrix& q, const KeyBlocks<M>& k,
-                   const KeyBlocks<M>& v, const Matrix& out, const Matrix& lse) {
+void forward_block(const Problem& problem, const Sequence& sequence, int64_t row_begin, const Matrix& q,
+                   const KeyBlocks<M>& k, const KeyBlocks<M>& v, const Matrix& out, const Matrix& lse) {
   constexpr int64_t kBlockM = M::kBlockM;
   using A = typename M::Accumulator;
   thread_local ForwardBuffers<M> buffers;
   [[maybe_unused]] const typename M::Session session;
   const int64_t head_dim = problem.head_dim, padded_dim = Operands<M>::padded_dim(head_dim);
-  const int64_t rows = std::min(kBlockM, sequence.seqlen_q - row_begin), columns = round_up(rows, kWidth<A>);
+  const int64_t rows = std::min(kBlockM, sequence.seqlen_q - row_begin);
   const Visible visible(problem.options, sequence);
   const Scores<A> scores(problem.options);
 
@@ -628,29 +643,54 @@ void forward_block(const Problem& problem, const Sequence& sequence, int64_t row
   Operands<M>::right_columns(q, rows, head_dim, scores.negate, q_t);
   OnlineSoftmax<M> softmax;
 
-  const int64_t keys_begin = visible.key_begin(row_begin) / kBlockN * kBlockN, keys_end = visible.key_end(row_begin + rows - 1);
-  if (keys_begin >= keys_end) std::fill_n(acc, padded_dim * kBlockM, A{0});
+  // Which parts of acc's columns hold nothing yet.
+  constexpr int64_t kPart = M::kMaskedColumns, kParts = kBlockM / kPart;
+  bool fresh[kParts];
+  std::fill_n(fresh, kParts, true);
+  const auto clear = [&](int64_t part) {
+    for (int64_t d = 0; d < padded_dim; ++d) std::fill_n(acc + d * kBlockM + part * kPart, kPart, A{0});
+    fresh[part] = false;
+  };
+  const int64_t depth = round_up(head_dim, M::kDepthUnit), acc_rows = round_up(head_dim, M::kRowUnit);
+  const int64_t keys_begin = visible.key_begin(row_begin) / kBlockN * kBlockN,
+                keys_end = visible.key_end(row_begin + rows - 1);
   for (int64_t n = keys_begin; n < keys_end; n += kBlockN) {
-    const bool first = n == keys_begin;
-    const int64_t keys = std::min(kBlockN, keys_end - n);
+    const Left<typename M::Element> k_block = k.rows(n, buffers.k), v_block = v.columns(n, buffers.v);
+    const bool masked = needs_mask(visible, row_begin, row_begin + rows, n, std::min(n + kBlockN, keys_end));
 
-    // S^T = K Q^T
-    M::multiply(round_up(keys, M::kRowUnit), columns, round_up(head_dim, M::kDepthUnit), k.rows(n, buffers.k), q_t, kBlockM, s, kBlockM, true);
+    // A masked tile is taken in parts, each with the keys that its own queries see.
+    const int64_t step = masked ? kPart : kBlockM;
+    if (!masked && fresh[0] != fresh[kParts - 1]) clear(fresh[0] ? 0 : kParts - 1);
+    for (int64_t m = 0; m < rows; m += step) {
+      const int64_t part = std::min(step, rows - m), columns = round_up(part, kWidth<A>), row = row_begin + m;
+      const int64_t keys = std::min(n + kBlockN, visible.key_end(row + part - 1)) - n;
+      if (keys <= 0) continue;
 
-    // Mask
-    if (scores.capped) soft_cap<kBlockM>(s, keys, columns, scores.before_cap);
-    if (needs_mask(visible, row_begin, row_begin + rows, n, n + keys)) mask<kBlockM>(visible, row_begin, rows, n, keys, columns, s);
+      // S^T = K Q^T
+      M::multiply(round_up(keys, M::kRowUnit), columns, depth, k_block, q_t + m * M::kPairing, kBlockM, s + m, kBlockM,
+                  true);
 
-    // Online softmax
-    const int64_t padded_keys = hide_padding<M>(s, keys);
-    const bool rescale = softmax.update(s, padded_keys, columns, scores.factor, p);
+      // Mask
+      if (scores.capped) soft_cap<kBlockM>(s + m, keys, columns, scores.before_cap);
+      if (masked) mask<kBlockM>(visible, row, part, n, keys, columns, s + m);
 
-    // Rescale
-    if (rescale && !first) softmax.scale_columns(acc, head_dim, columns);
+      // Online softmax
+      const int64_t padded_keys = hide_padding<M>(s + m, keys, columns);
+      const bool rescale = softmax.update(s, padded_keys, m, columns, scores.factor, p);
 
-    // O^T += V^T P^T
-    M::multiply(round_up(head_dim, M::kRowUnit), columns, round_up(keys, M::kDepthUnit), v.columns(n, buffers.v), p, kBlockM, acc, kBlockM, first);
+      // Rescale
+      const bool first = fresh[m / kPart];
+      if (rescale && !first) softmax.scale_columns(acc, head_dim, m, columns);
+
+      // O^T += V^T P^T
+      M::multiply(acc_rows, columns, round_up(keys, M::kDepthUnit), v_block, p + m * M::kPairing, kBlockM, acc + m,
+                  kBlockM, first);
+      fresh[m / kPart] = false;
+      if (!masked) fresh[kParts - 1] = false;
+    }
   }
+  for (int64_t part = 0; part < kParts; ++part)
+    if (fresh[part]) clear(part);
 
   // O = O / row_sum
   softmax.finish(rows, scores.factor, acc, head_dim, lse);
@@ -677,11 +717,13 @@ double count_flops(const Problem& problem) {
 
 // Packs K or V of all key heads, block by block, where that is needed and more than one block of queries uses it.
 template <class M, class Pack>
-const typename M::Element* pack_keys(const Problem& problem, const Heads& keys, Buffer<typename M::Element>& buffer, const Pack& pack) {
+const typename M::Element* pack_keys(const Problem& problem, const Heads& keys, Buffer<typename M::Element>& buffer,
+                                     const Pack& pack) {
   constexpr int64_t kBlockM = M::kBlockM;
   if (Operands<M>::in_place(keys.first)) return nullptr;
   int64_t most_blocks = 0;
-  for (const Sequence& sequence : problem.sequences) most_blocks = std::max(most_blocks, ceil_div(sequence.seqlen_q, kBlockM));
+  for (const Sequence& sequence : problem.sequences)
+    most_blocks = std::max(most_blocks, ceil_div(sequence.seqlen_q, kBlockM));
   if (most_blocks * problem.groups() <= 1) return nullptr;
   const std::vector<int64_t> starts = count_blocks(problem.sequences, &Sequence::seqlen_k, kBlockN);
   const int64_t size = KeyBlocks<M>::block_size(problem.head_dim);
@@ -694,13 +736,15 @@ const typename M::Element* pack_keys(const Problem& problem, const Heads& keys, 
     // A sequence's blocks lie head after head.
     const int64_t blocks = starts[index + 1] - starts[index];
     typename M::Element* to = packed + ((starts[index] * problem.num_kv_heads) + kv_head * blocks + n / kBlockN) * size;
-    pack(keys.at(sequence.batch, kv_head, sequence.k_row + n), std::min(kBlockN, sequence.seqlen_k - n), problem.head_dim, to);
+    pack(keys.at(sequence.batch, kv_head, sequence.k_row + n), std::min(kBlockN, sequence.seqlen_k - n),
+         problem.head_dim, to);
   });
   return packed;
 }
 
 template <class M>
-void forward_all(const Problem& problem, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const Heads& lse) {
+void forward_all(const Problem& problem, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
+                 const Heads& lse) {
   constexpr int64_t kBlockM = M::kBlockM;
   using E = typename M::Element;
   thread_local Buffer<E> k_buffer, v_buffer;
@@ -710,14 +754,18 @@ void forward_all(const Problem& problem, const Heads& q, const Heads& k, const H
   const std::vector<int64_t> key_starts = count_blocks(problem.sequences, &Sequence::seqlen_k, kBlockN);
   const int64_t blocks = starts.back(), head_dim = problem.head_dim, size = KeyBlocks<M>::block_size(head_dim);
   for_each_task(blocks * problem.num_heads, count_flops(problem), [&](int64_t task) {
-    // Head after head, so that its keys stay in the cache; the last block first, because under a causal mask it is the longest.
+    // Head after head, so that its keys stay in the cache; the last block first, because under a causal mask it is the
+    // longest.
     const int64_t head = task / blocks, block = blocks - 1 - task % blocks;
     const int64_t index = sequence_of_block(starts, block);
     const Sequence& sequence = problem.sequences[index];
     const int64_t row = (block - starts[index]) * kBlockM, b = sequence.batch, kv_head = head / problem.groups();
-    const int64_t key_block = key_starts[index] * problem.num_kv_heads + kv_head * (key_starts[index + 1] - key_starts[index]);
-    const KeyBlocks<M> k_blocks{k.at(b, kv_head, sequence.k_row), sequence.seqlen_k, head_dim, k_packed ? k_packed + key_block * size : nullptr};
-    const KeyBlocks<M> v_blocks{v.at(b, kv_head, sequence.k_row), sequence.seqlen_k, head_dim, v_packed ? v_packed + key_block * size : nullptr};
+    const int64_t key_block =
+        key_starts[index] * problem.num_kv_heads + kv_head * (key_starts[index + 1] - key_starts[index]);
+    const KeyBlocks<M> k_blocks{k.at(b, kv_head, sequence.k_row), sequence.seqlen_k, head_dim,
+                                k_packed ? k_packed + key_block * size : nullptr};
+    const KeyBlocks<M> v_blocks{v.at(b, kv_head, sequence.k_row), sequence.seqlen_k, head_dim,
+                                v_packed ? v_packed + key_block * size : nullptr};
     forward_block<M>(problem, sequence, row, q.at(b, head, sequence.q_row + row), k_blocks, v_blocks,
                      out.at(b, head, sequence.q_row + row), lse.at(b, head, sequence.q_row + row));
   });
@@ -738,12 +786,13 @@ struct BackwardHeads {
   bool has_dlse;
 };
 
-// P^T = exp(S^T - lse) and dS^T = P^T * (dP^T - delta), s and dp [keys][kBlockM], keys even. p and ds are left operands,
-// ds_right is ds as a right one. A hidden key has s = -inf, and so p = ds = 0.
+// P^T = exp(S^T - lse) and dS^T = P^T * (dP^T - delta), s and dp [keys][kBlockM], keys even. p and ds are left
+// operands, ds_right is ds as a right one. A hidden key has s = -inf, and so p = ds = 0.
 template <class M>
-TOY_LM_NOINLINE void softmax_backward(const typename M::Accumulator* s, const typename M::Accumulator* dp, const typename M::Accumulator* lse,
-                      const typename M::Accumulator* delta, int64_t keys, int64_t columns, typename M::Accumulator factor,
-                      bool capped, typename M::Element* p, typename M::Element* ds, typename M::Element* ds_right) {
+TOY_LM_NOINLINE void softmax_backward(const typename M::Accumulator* s, const typename M::Accumulator* dp,
+                                      const typename M::Accumulator* lse, const typename M::Accumulator* delta,
+                                      int64_t keys, int64_t columns, typename M::Accumulator factor, bool capped,
+                                      typename M::Element* p, typename M::Element* ds, typename M::Element* ds_right) {
   constexpr int64_t kBlockM = M::kBlockM;
   using A = typename M::Accumulator;
   for (int64_t j = 0; j < columns; j += kWidth<A>) {
@@ -766,27 +815,37 @@ TOY_LM_NOINLINE void softmax_backward(const typename M::Accumulator* s, const ty
 
 // delta = rowsum(dO * O) - dlse, and lse in units of exp2; 0 in lanes that hold no query or one that sees no key.
 template <int64_t kBlockM, class A>
-TOY_LM_NOINLINE void read_row_statistics(const Matrix& dout, const Matrix& out, const Matrix& lse, const Matrix* dlse, int64_t rows,
-                         int64_t head_dim, A* lse_to, A* delta) {
-  alignas(64) A staged[2][kMaxHeadDim];
-  const int64_t padded = round_up(head_dim, kWidth<A>);
-  for (int64_t i = 0; i < kBlockM; ++i) {
-    lse_to[i] = delta[i] = A{0};
-    if (i >= rows) continue;
+TOY_LM_NOINLINE void read_row_statistics(const Matrix& dout, const Matrix& out, const Matrix& lse, const Matrix* dlse,
+                                         int64_t rows, int64_t head_dim, A* lse_to, A* delta) {
+  constexpr int W = kWidth<A>;
+  alignas(64) A dout_rows[W * kMaxHeadDim], out_rows[W * kMaxHeadDim];
+  const int64_t padded = round_up(head_dim, W);
+  std::fill_n(lse_to, kBlockM, A{0});
+  std::fill_n(delta, kBlockM, A{0});
+  for (int64_t first = 0; first < rows; first += W) {
+    const int64_t count = std::min<int64_t>(W, rows - first);
+    read_rows(dout.from(first), count, head_dim, dout_rows, padded, W);
+    read_rows(out.from(first), count, head_dim, out_rows, padded, W);
+    Vec<A> sums[W];
+    for (int i = 0; i < W; ++i) {
+      sums[i] = Vec<A>{};
+      for (int64_t d = i * padded; d < (i + 1) * padded; d += W) sums[i] += load(dout_rows + d) * load(out_rows + d);
+    }
+    store(delta + first, sum_rows<A, 1>(sums));
+  }
+  for (int64_t i = 0; i < rows; ++i) {
     const A lse_i = *lse.row<A>(i);
     if (lse_i != -std::numeric_limits<A>::infinity()) lse_to[i] = lse_i * A(kLog2E);
-    read_rows(dout.from(i), 1, head_dim, staged[0], padded, 1);
-    read_rows(out.from(i), 1, head_dim, staged[1], padded, 1);
-    Vec<A> sum{};
-    for (int64_t d = 0; d < padded; d += kWidth<A>) sum += load(staged[0] + d) * load(staged[1] + d);
-    delta[i] = sum_lanes<A>(sum) - (dlse ? *dlse->row<A>(i) : A{0});
+    if (dlse) delta[i] -= *dlse->row<A>(i);
   }
 }
 
-// dq of the queries [row_begin, row_end) of one head; what they add to dk and dv goes into dk, dv [seqlen_k][padded_dim].
+// dq of the queries [row_begin, row_end) of one head; what they add to dk and dv goes into dk, dv
+// [seqlen_k][padded_dim].
 template <class M>
-void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequence& sequence, int64_t head, int64_t row_begin,
-                    int64_t row_end, BackwardBuffers<M>& buffers, typename M::Accumulator* dk, typename M::Accumulator* dv) {
+void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequence& sequence, int64_t head,
+                    int64_t row_begin, int64_t row_end, BackwardBuffers<M>& buffers, typename M::Accumulator* dk,
+                    typename M::Accumulator* dv) {
   constexpr int64_t kBlockM = M::kBlockM;
   using A = typename M::Accumulator;
   using E = typename M::Element;
@@ -817,15 +876,17 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
     ds_right = buffers.ds_right.at_least(kBlockN * kBlockM);
   }
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t row = row_begin + block * kBlockM, rows = std::min(kBlockM, row_end - row), first = sequence.q_row + row;
+    const int64_t row = row_begin + block * kBlockM, rows = std::min(kBlockM, row_end - row),
+                  first = sequence.q_row + row;
     const Matrix q_block = x.q.at(b, head, first), dout_block = x.dout.at(b, head, first);
     const Matrix dlse_block = x.has_dlse ? x.dlse.at(b, head, first) : Matrix();
     Operands<M>::right_columns(q_block, rows, head_dim, scores.negate, q_t + block * size);
     Operands<M>::right_columns(dout_block, rows, head_dim, false, dout_t + block * size);
     Operands<M>::right_rows(q_block, rows, head_dim, q + block * size);
     Operands<M>::right_rows(dout_block, rows, head_dim, dout + block * size);
-    read_row_statistics<kBlockM>(dout_block, x.out.at(b, head, first), x.lse.at(b, head, first), x.has_dlse ? &dlse_block : nullptr, rows,
-                        head_dim, lse + block * kBlockM, delta + block * kBlockM);
+    read_row_statistics<kBlockM>(dout_block, x.out.at(b, head, first), x.lse.at(b, head, first),
+                                 x.has_dlse ? &dlse_block : nullptr, rows, head_dim, lse + block * kBlockM,
+                                 delta + block * kBlockM);
   }
   std::fill_n(dq_t, blocks * size, A{0});
 
@@ -845,31 +906,35 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
 
       // Mask
       if (scores.capped) soft_cap<kBlockM>(s, keys, columns, scores.before_cap);
-      if (rows < columns || needs_mask(visible, row, row + rows, n, n + keys)) mask<kBlockM>(visible, row, rows, n, keys, columns, s);
+      if (rows < columns || needs_mask(visible, row, row + rows, n, n + keys))
+        mask<kBlockM>(visible, row, rows, n, keys, columns, s);
 
       // dP^T = V dO^T; P^T = exp(S^T - lse); dS^T = P^T * (dP^T - delta)
       M::multiply(key_rows, columns, depth, v_rows, dout_t + block * size, kBlockM, dp, kBlockM, true);
-      const int64_t padded_keys = hide_padding<M>(s, keys);
+      const int64_t padded_keys = hide_padding<M>(s, keys, columns);
       std::fill(dp + keys * kBlockM, dp + padded_keys * kBlockM, A{0});
-      softmax_backward<M>(s, dp, lse + block * kBlockM, delta + block * kBlockM, padded_keys, columns, scores.factor, scores.capped,
-                          p, ds, ds_right);
+      softmax_backward<M>(s, dp, lse + block * kBlockM, delta + block * kBlockM, padded_keys, columns, scores.factor,
+                          scores.capped, p, ds, ds_right);
 
       // dV += P^T dO
       const int64_t row_depth = round_up(rows, M::kDepthUnit);
-      M::multiply(key_rows, padded_dim, row_depth, {p, kBlockM, 1}, dout + block * size, padded_dim, dv + n * padded_dim, padded_dim, false);
+      M::multiply(key_rows, padded_dim, row_depth, {p, kBlockM, 1}, dout + block * size, padded_dim,
+                  dv + n * padded_dim, padded_dim, false);
 
       // dK += dS^T Q
-      M::multiply(key_rows, padded_dim, row_depth, {ds, kBlockM, 1}, q + block * size, padded_dim, dk + n * padded_dim, padded_dim, false);
+      M::multiply(key_rows, padded_dim, row_depth, {ds, kBlockM, 1}, q + block * size, padded_dim, dk + n * padded_dim,
+                  padded_dim, false);
 
       // dQ^T += K^T dS^T
-      M::multiply(round_up(head_dim, M::kRowUnit), columns, round_up(keys, M::kDepthUnit), k_columns, ds_right, kBlockM, dq_t + block * size, kBlockM, false);
+      M::multiply(round_up(head_dim, M::kRowUnit), columns, round_up(keys, M::kDepthUnit), k_columns, ds_right, kBlockM,
+                  dq_t + block * size, kBlockM, false);
     }
   }
 
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = row_begin + block * kBlockM;
     write_transposed<kBlockM>(x.dq.at(b, head, sequence.q_row + row), std::min(kBlockM, row_end - row), head_dim,
-                     static_cast<A>(problem.options.softmax_scale), dq_t + block * size);
+                              static_cast<A>(problem.options.softmax_scale), dq_t + block * size);
   }
 }
 
@@ -891,7 +956,7 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
   const int64_t units = groups * ceil_div(longest_q, kChunk);
   const int64_t shares = std::clamp<int64_t>(ceil_div(kBackwardTasks, heads), 1, std::max<int64_t>(units, 1));
   const int64_t gradient = round_up(longest_k, kBlockN) * padded_dim;  // elements of one dk
-  Buffer<A> partials;                               // [heads][shares][dk, dv][padded seqlen_k][padded_dim]
+  Buffer<A> partials;  // [heads][shares][dk, dv][padded seqlen_k][padded_dim]
   if (shares > 1) partials.at_least(heads * shares * 2 * gradient);
 
   const auto write = [&](int64_t index, int64_t kv_head, const A* dk, const A* dv) {
@@ -938,7 +1003,8 @@ struct DecodeBuffers {
 
 // Rows of a cache in A with head_dim along vectors: in place if they are so already, else a copy in `scratch`.
 template <class A>
-const A* vector_rows(const Matrix& matrix, int64_t first_row, int64_t rows, int64_t dims, Buffer<A>& scratch, int64_t* stride) {
+const A* vector_rows(const Matrix& matrix, int64_t first_row, int64_t rows, int64_t dims, Buffer<A>& scratch,
+                     int64_t* stride) {
   const bool same = matrix.dtype == ScalarType::Double || (matrix.dtype == ScalarType::Float && sizeof(A) == 4);
   const int64_t padded = round_up(dims, kWidth<A>);
   *stride = same && padded == dims && matrix.dim_stride == 1 ? matrix.row_stride : padded;
@@ -963,7 +1029,8 @@ Vec<A> dot_rows(const A* q, const A* k, int64_t k_stride, int64_t first, int64_t
   return sum_rows<A, 1>(sums);
 }
 
-// The softmax of one row of scores against what came before; s [kBlockN] becomes p. Returns the factor for older results.
+// The softmax of one row of scores against what came before; s [kBlockN] becomes p. Returns the factor for older
+// results.
 template <class A>
 A online_softmax_row(A* s, A factor, A* row_max, A* row_sum) {
   constexpr A kHidden = -std::numeric_limits<A>::infinity();
@@ -985,8 +1052,8 @@ A online_softmax_row(A* s, A factor, A* row_max, A* row_sum) {
   return alpha;
 }
 
-// The queries of the heads that share a key head, over keys [key_begin, key_end): acc [rows][padded_dim], not yet divided
-// by row_sum, and row_max, row_sum [rows]. Row r is query r % seqlen_q of head r / seqlen_q of the group.
+// The queries of the heads that share a key head, over keys [key_begin, key_end): acc [rows][padded_dim], not yet
+// divided by row_sum, and row_max, row_sum [rows]. Row r is query r % seqlen_q of head r / seqlen_q of the group.
 template <class A>
 void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_head, int64_t key_begin, int64_t key_end,
                   const Heads& q, const Matrix& k, const Matrix& v, A* acc, A* row_max, A* row_sum) {
@@ -1016,7 +1083,8 @@ void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_h
     for (int64_t r = 0; r < rows; ++r) {
       // S = Q K^T
       A* s_row = s + r * kBlockN;
-      for (int64_t i = 0; i < kBlockN; i += W) store(s_row + i, dot_rows(q_rows + r * padded_dim, k_rows, k_stride, i, keys, padded_dim));
+      for (int64_t i = 0; i < kBlockN; i += W)
+        store(s_row + i, dot_rows(q_rows + r * padded_dim, k_rows, k_stride, i, keys, padded_dim));
       if (scores.negate || scores.capped)
         for (int64_t i = 0; i < kBlockN; i += W) {
           const Vec<A> score = scores.negate ? -load(s_row + i) : load(s_row + i);
@@ -1042,8 +1110,8 @@ void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_h
 
 // Where a softmax's parts were computed apart, out = sum of 2^(max_i - max) acc_i / sum of 2^(max_i - max) sum_i.
 template <class A>
-TOY_LM_NOINLINE void combine_splits(const A* acc, const A* row_max, const A* row_sum, int64_t splits, int64_t rows, int64_t row,
-                    int64_t padded_dim, A factor, A* out) {
+TOY_LM_NOINLINE void combine_splits(const A* acc, const A* row_max, const A* row_sum, int64_t splits, int64_t rows,
+                                    int64_t row, int64_t padded_dim, A factor, A* out) {
   constexpr A kHidden = -std::numeric_limits<A>::infinity();
   A greatest = kHidden, total{0};
   for (int64_t split = 0; split < splits; ++split)
@@ -1063,7 +1131,8 @@ TOY_LM_NOINLINE void combine_splits(const A* acc, const A* row_max, const A* row
 template <class A>
 void decode_all(const Problem& problem, const Heads& q, const Heads& k, const Heads& v, const Heads& out) {
   const int64_t num_kv_heads = problem.num_kv_heads, groups = problem.groups(), head_dim = problem.head_dim;
-  const int64_t padded_dim = round_up(head_dim, kWidth<A>), seqlen_q = problem.sequences[0].seqlen_q, rows = groups * seqlen_q;
+  const int64_t padded_dim = round_up(head_dim, kWidth<A>), seqlen_q = problem.sequences[0].seqlen_q,
+                rows = groups * seqlen_q;
   int64_t longest = 0;
   for (const Sequence& sequence : problem.sequences) longest = std::max(longest, sequence.seqlen_k);
   const int64_t splits = std::max<int64_t>(ceil_div(longest, kDecodeSplit), 1);
@@ -1085,8 +1154,8 @@ void decode_all(const Problem& problem, const Heads& q, const Heads& k, const He
   std::vector<A> row_out(padded_dim);
   for (int64_t head = 0; head < heads; ++head)
     for (int64_t r = 0; r < rows; ++r) {
-      combine_splits(acc + head * splits * rows * padded_dim, row_max + head * splits * rows, row_sum + head * splits * rows,
-                     splits, rows, r, padded_dim, factor, row_out.data());
+      combine_splits(acc + head * splits * rows * padded_dim, row_max + head * splits * rows,
+                     row_sum + head * splits * rows, splits, rows, r, padded_dim, factor, row_out.data());
       const int64_t q_head = head % num_kv_heads * groups + r / seqlen_q;
       write_rows(out.at(head / num_kv_heads, q_head, r % seqlen_q), 1, head_dim, A{1}, row_out.data(), padded_dim);
     }
@@ -1111,7 +1180,8 @@ Problem dense_problem(const Tensor& q, const Tensor& k, const Options& options) 
 }
 
 // Reads the documents' bounds, and checks them: here that costs nothing, and a wrong one would reach foreign memory.
-std::vector<std::pair<int64_t, int64_t>> documents(const Tensor& cu_seqlens, int64_t total, int64_t longest, const char* side) {
+std::vector<std::pair<int64_t, int64_t>> documents(const Tensor& cu_seqlens, int64_t total, int64_t longest,
+                                                   const char* side) {
   const int32_t* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t count = cu_seqlens.size(0) - 1;
   STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == total, "cu_seqlens_", side, ": got ", bounds[0], " to ",
@@ -1119,8 +1189,10 @@ std::vector<std::pair<int64_t, int64_t>> documents(const Tensor& cu_seqlens, int
   std::vector<std::pair<int64_t, int64_t>> rows;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t length = int64_t{bounds[i + 1]} - bounds[i];
-    STD_TORCH_CHECK(length >= 0, "cu_seqlens_", side, ": got ", bounds[i], " before ", bounds[i + 1], ", needs rising bounds");
-    STD_TORCH_CHECK(length <= longest, "max_seqlen_", side, ": got ", longest, ", but document ", i, " has ", length, " rows");
+    STD_TORCH_CHECK(length >= 0, "cu_seqlens_", side, ": got ", bounds[i], " before ", bounds[i + 1],
+                    ", needs rising bounds");
+    STD_TORCH_CHECK(length <= longest, "max_seqlen_", side, ": got ", longest, ", but document ", i, " has ", length,
+                    " rows");
     rows.emplace_back(bounds[i], length);
   }
   return rows;
@@ -1136,7 +1208,8 @@ Problem packed_problem(const Tensor& q, const Tensor& k, const Tensor& cu_seqlen
   return problem;
 }
 
-std::tuple<Tensor, Tensor> run_forward(const Problem& problem, const Tensor& q, const Tensor& k, const Tensor& v, bool packed) {
+std::tuple<Tensor, Tensor> run_forward(const Problem& problem, const Tensor& q, const Tensor& k, const Tensor& v,
+                                       bool packed) {
   const ScalarType dtype = q.scalar_type();
   const ScalarType lse_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor out = torch::stable::empty_like(q);
@@ -1144,18 +1217,21 @@ std::tuple<Tensor, Tensor> run_forward(const Problem& problem, const Tensor& q, 
                       : torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, lse_dtype);
   with_arithmetic<32>(dtype, [&](auto arithmetic) {
     forward_all<decltype(arithmetic)>(problem, Heads(q, packed, true), Heads(k, packed, true), Heads(v, packed, true),
-                                Heads(out, packed, true), Heads(lse, packed, false));
+                                      Heads(out, packed, true), Heads(lse, packed, false));
   });
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> run_backward(const Problem& problem, const Tensor& dout, const std::optional<Tensor>& dlse,
-                                                const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                                                const Tensor& lse, bool packed) {
+std::tuple<Tensor, Tensor, Tensor> run_backward(const Problem& problem, const Tensor& dout,
+                                                const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
+                                                const Tensor& v, const Tensor& out, const Tensor& lse, bool packed) {
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
-  BackwardHeads x{Heads(dout, packed, true), dlse ? Heads(*dlse, packed, false) : Heads(), Heads(q, packed, true),
-                  Heads(k, packed, true), Heads(v, packed, true), Heads(out, packed, true), Heads(lse, packed, false),
-                  Heads(dq, packed, true), Heads(dk, packed, true), Heads(dv, packed, true), dlse.has_value()};
+  BackwardHeads x{Heads(dout, packed, true), dlse ? Heads(*dlse, packed, false) : Heads(),
+                  Heads(q, packed, true),    Heads(k, packed, true),
+                  Heads(v, packed, true),    Heads(out, packed, true),
+                  Heads(lse, packed, false), Heads(dq, packed, true),
+                  Heads(dk, packed, true),   Heads(dv, packed, true),
+                  dlse.has_value()};
   with_arithmetic<64>(q.scalar_type(), [&](auto arithmetic) { backward_all<decltype(arithmetic)>(problem, x); });
   return {dq, dk, dv};
 }
@@ -1168,20 +1244,25 @@ std::tuple<Tensor, Tensor> flash_attention_forward(Tensor q, Tensor k, Tensor v,
 std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k,
                                                             Tensor v, Tensor out, Tensor lse, double softmax_scale,
                                                             bool causal, int64_t window_size, double softcap) {
-  return run_backward(dense_problem(q, k, {softmax_scale, causal, window_size, softcap}), dout, dlse, q, k, v, out, lse, false);
+  return run_backward(dense_problem(q, k, {softmax_scale, causal, window_size, softcap}), dout, dlse, q, k, v, out, lse,
+                      false);
 }
 
 std::tuple<Tensor, Tensor> flash_attention_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
-                                                          Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                                          double softmax_scale, bool causal, int64_t window_size, double softcap) {
+                                                          Tensor cu_seqlens_k, int64_t max_seqlen_q,
+                                                          int64_t max_seqlen_k, double softmax_scale, bool causal,
+                                                          int64_t window_size, double softcap) {
   const Options options{softmax_scale, causal, window_size, softcap};
-  return run_forward(packed_problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options), q, k, v, true);
+  return run_forward(packed_problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options), q, k, v,
+                     true);
 }
 
-std::tuple<Tensor, Tensor, Tensor> flash_attention_varlen_backward(
-    Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q,
-    Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_size,
-    double softcap) {
+std::tuple<Tensor, Tensor, Tensor> flash_attention_varlen_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q,
+                                                                   Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                                   Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                                                                   int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                                   double softmax_scale, bool causal,
+                                                                   int64_t window_size, double softcap) {
   const Options options{softmax_scale, causal, window_size, softcap};
   const Problem problem = packed_problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
   return run_backward(problem, dout, dlse, q, k, v, out, lse, true);
@@ -1192,15 +1273,16 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_s
   Problem problem{q.size(1), k_cache.size(1), q.size(3), {softmax_scale, true, window_size, softcap}, {}};
   const int32_t* seqlens = static_cast<const int32_t*>(cache_seqlens.const_data_ptr());
   for (int64_t b = 0; b < q.size(0); ++b) {
-    STD_TORCH_CHECK(seqlens[b] >= 0 && seqlens[b] <= k_cache.size(2), "cache_seqlens: got ", seqlens[b], " for sequence ", b,
-                    ", allowed are 0 to the capacity ", k_cache.size(2));
+    STD_TORCH_CHECK(seqlens[b] >= 0 && seqlens[b] <= k_cache.size(2), "cache_seqlens: got ", seqlens[b],
+                    " for sequence ", b, ", allowed are 0 to the capacity ", k_cache.size(2));
     problem.sequences.push_back({b, 0, 0, q.size(2), seqlens[b]});
   }
   if (q.numel() == 0) return torch::stable::empty_like(q);
   if (q.scalar_type() == ScalarType::Double || problem.groups() * q.size(2) > kDecodeRows)
     return std::get<0>(run_forward(problem, q, k_cache, v_cache, false));
   Tensor out = torch::stable::empty_like(q);
-  decode_all<float>(problem, Heads(q, false, true), Heads(k_cache, false, true), Heads(v_cache, false, true), Heads(out, false, true));
+  decode_all<float>(problem, Heads(q, false, true), Heads(k_cache, false, true), Heads(v_cache, false, true),
+                    Heads(out, false, true));
   return out;
 }
 

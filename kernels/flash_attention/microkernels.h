@@ -7,7 +7,8 @@
 // lie side by side in vectors. How operands lie in memory is the business of an arithmetic:
 //
 //   Plain<float>, Plain<double>   left: any strides           right: [depth][columns]          fused multiply-add
-//   Bf16Pairs<kBlockM>            left: [rows][depth] bf16    right: [depth / 2][columns][2]   AMX tiles, or AVX512_BF16
+//   Bf16Pairs<kBlockM>            left: [rows][depth] bf16    right: [depth / 2][columns][2]   AMX tiles, or
+//   AVX512_BF16
 //
 // Knows vectors and small matrices; knows nothing of attention, tensors or threads.
 #pragma once
@@ -132,8 +133,9 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
 // 2^x = 2^n 2^r with n the integer nearest to x and |r| <= 1/2. The polynomial for 2^r is the minimax one of degree 5
-// (relative error 2^-23.1); with rounding, exp2 is within 2.5 units in the last place. It is exact at r = 0. Below x = -127 the
-// result is 0 (between -127 and -126, smaller than the smallest normal number), so that exp2(-inf) = 0; NaN stays NaN.
+// (relative error 2^-23.1); with rounding, exp2 is within 2.5 units in the last place. It is exact at r = 0. Below x =
+// -127 the result is 0 (between -127 and -126, smaller than the smallest normal number), so that exp2(-inf) = 0; NaN
+// stays NaN.
 constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
 
 inline Vec<float> exp2(Vec<float> x) {
@@ -167,8 +169,9 @@ inline Vec<double> exp2(Vec<double> x) {
   return y;
 }
 
-// tanh(x) = e / (e + 2) with e = exp(2 x) - 1 = 2^n (2^r - 1) + (2^n - 1), which has no cancellation near 0. The polynomial
-// for 2^r - 1 is the minimax one of degree 6; it must be good relative to 2^r - 1, and so better than the one of exp2.
+// tanh(x) = e / (e + 2) with e = exp(2 x) - 1 = 2^n (2^r - 1) + (2^n - 1), which has no cancellation near 0. The
+// polynomial for 2^r - 1 is the minimax one of degree 6; it must be good relative to 2^r - 1, and so better than the
+// one of exp2.
 inline Vec<float> tanh(Vec<float> x) {
   Vec<float> z = x * static_cast<float>(2.0 * kLog2E);
   z = select<float>(z < -40.0f, broadcast(-40.0f), z);  // tanh is -1 or 1 there, to the last bit
@@ -295,9 +298,11 @@ template <class A>
 struct Plain {
   using Element = A;
   using Accumulator = A;
-  static constexpr int64_t kBlockM = 64;  // queries in a block: the lanes of a right operand
-  static constexpr int64_t kDepthUnit = 1;  // depths and left rows are padded to multiples of these
+  static constexpr int64_t kBlockM = 64;         // queries in a block: the lanes of a right operand
+  static constexpr int64_t kMaskedColumns = 32;  // so many of them at a time in a masked tile
+  static constexpr int64_t kDepthUnit = 1;       // depths and left rows are padded to multiples of these
   static constexpr int64_t kRowUnit = 1;
+  static constexpr int64_t kPairing = 1;  // elements in a row of a right operand, for each column
   struct Session {};
   static Vec<A> weight(Vec<A> x) { return exp2(x); }
 
@@ -328,20 +333,23 @@ struct Plain {
   }
 
   template <int kVectors>
-  static void panel(int64_t rows, int64_t depth, Left<A> a, const A* b, int64_t b_row, A* c, int64_t c_row, bool fresh) {
-    constexpr int kRows = kRegisters == 32 && kVectors < 4 ? 8 : 4;  // enough sums in flight to hide the latency of an addition
+  static void panel(int64_t rows, int64_t depth, Left<A> a, const A* b, int64_t b_row, A* c, int64_t c_row,
+                    bool fresh) {
+    constexpr int kRows =
+        kRegisters == 32 && kVectors < 4 ? 8 : 4;  // enough sums in flight to hide the latency of an addition
     for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row_stride, c += kRows * c_row)
       tile<kRows, kVectors>(depth, a, b, b_row, c, c_row, fresh);
     for (; rows > 0; --rows, a.data += a.row_stride, c += c_row) tile<1, kVectors>(depth, a, b, b_row, c, c_row, fresh);
   }
 
   // c [rows][columns] (+)= a [rows][depth] b [depth][columns]; columns is a multiple of the vector width.
-  TOY_LM_NOINLINE static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* c,
-                       int64_t c_row, bool fresh) {
+  TOY_LM_NOINLINE static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<A>& a, const A* b,
+                                       int64_t b_row, A* c, int64_t c_row, bool fresh) {
     constexpr int W = kWidth<A>, kVectors = kRegisters == 32 ? 4 : 2;
     int64_t j = 0;
     if constexpr (std::is_same_v<A, float>) {  // fp64 is for checking gradients: less code for it
-      for (; j + kVectors * W <= columns; j += kVectors * W) panel<kVectors>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
+      for (; j + kVectors * W <= columns; j += kVectors * W)
+        panel<kVectors>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
       if (kVectors > 2 && j + 2 * W <= columns) {
         panel<2>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
         j += 2 * W;
@@ -374,6 +382,7 @@ struct Bf16PairProducts {
   using Accumulator = float;
   static constexpr int64_t kDepthUnit = 32;
   static constexpr int64_t kRowUnit = 16;
+  static constexpr int64_t kPairing = 2;
   static Vec<float> weight(Vec<float> x) { return exp2_rough(x); }
 
   // Does this machine multiply pairs faster than floats? With AMX it does, and on AMD's cores; on Intel's, AVX512_BF16
@@ -407,7 +416,8 @@ struct Bf16PairProducts {
 
   // c [16 kRows][16 kColumns] (+)= a b. Tiles 0 to 3 hold c, 4 and 5 hold a, 6 and 7 hold b.
   template <int kRows, int kColumns>
-  static inline void tile(int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool fresh) {
+  static inline void tile(int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row, float* c,
+                          int64_t c_row, bool fresh) {
     const int64_t a_bytes = a.row_stride * 2, b_bytes = b_row * 4, c_bytes = c_row * 4;
     const BFloat16* a_1 = a.data + 16 * a.row_stride;
     const BFloat16* b_1 = b + 32;
@@ -444,14 +454,15 @@ struct Bf16PairProducts {
   }
 
   template <int kColumns>
-  static void panel(int64_t rows, int64_t depth, Left<BFloat16> a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool fresh) {
+  static void panel(int64_t rows, int64_t depth, Left<BFloat16> a, const BFloat16* b, int64_t b_row, float* c,
+                    int64_t c_row, bool fresh) {
     for (; rows >= 32; rows -= 32, a.data += 32 * a.row_stride, c += 32 * c_row)
       tile<2, kColumns>(depth, a, b, b_row, c, c_row, fresh);
     if (rows > 0) tile<1, kColumns>(depth, a, b, b_row, c, c_row, fresh);
   }
 
-  TOY_LM_NOINLINE static void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<BFloat16>& a, const BFloat16* b,
-                             int64_t b_row, float* c, int64_t c_row, bool fresh) {
+  TOY_LM_NOINLINE static void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<BFloat16>& a,
+                                             const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool fresh) {
     asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
     int64_t j = 0;
     for (; j + 32 <= columns; j += 32) panel<2>(rows, depth, a, b + 2 * j, b_row, c + j, c_row, fresh);
@@ -463,12 +474,14 @@ struct Bf16PairProducts {
 #endif
 
   template <int kRows, int kVectors>
-  static inline void dot_tile(int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool fresh) {
+  static inline void dot_tile(int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row, float* c,
+                              int64_t c_row, bool fresh) {
     __m512 acc[kRows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) acc[i][j] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * c_row + j * 16);
+      for (int j = 0; j < kVectors; ++j)
+        acc[i][j] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * c_row + j * 16);
     for (int64_t l = 0; l < depth; l += 2) {
       __m512bh b_l[kVectors];
 #pragma GCC unroll 8
@@ -478,7 +491,8 @@ struct Bf16PairProducts {
         int32_t pair;
         std::memcpy(&pair, a.data + i * a.row_stride + l, sizeof pair);
 #pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], (__m512bh)_mm512_set1_epi32(pair), b_l[j]);
+        for (int j = 0; j < kVectors; ++j)
+          acc[i][j] = _mm512_dpbf16_ps(acc[i][j], (__m512bh)_mm512_set1_epi32(pair), b_l[j]);
       }
     }
 #pragma GCC unroll 8
@@ -487,28 +501,32 @@ struct Bf16PairProducts {
       for (int j = 0; j < kVectors; ++j) _mm512_storeu_ps(c + i * c_row + j * 16, acc[i][j]);
   }
 
-  // c [rows][columns] (+)= a [rows][depth] b [depth / 2][columns][2]; rows and columns are multiples of 16, depth of 32.
-  TOY_LM_NOINLINE static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<BFloat16>& a, const BFloat16* b, int64_t b_row,
-                       float* c, int64_t c_row, bool fresh) {
+  // c [rows][columns] (+)= a [rows][depth] b [depth / 2][columns][2]; rows and columns are multiples of 16, depth
+  // of 32.
+  TOY_LM_NOINLINE static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<BFloat16>& a,
+                                       const BFloat16* b, int64_t b_row, float* c, int64_t c_row, bool fresh) {
 #if defined(TOY_LM_AMX)
     if (tiles_granted()) return multiply_tiles(rows, columns, depth, a, b, b_row, c, c_row, fresh);
 #endif
     int64_t j = 0;
     for (; j + 64 <= columns; j += 64)
       for (int64_t i = 0; i < rows; i += 4)
-        dot_tile<4, 4>(depth, {a.data + i * a.row_stride, a.row_stride, 1}, b + 2 * j, b_row, c + i * c_row + j, c_row, fresh);
+        dot_tile<4, 4>(depth, {a.data + i * a.row_stride, a.row_stride, 1}, b + 2 * j, b_row, c + i * c_row + j, c_row,
+                       fresh);
     for (; j < columns; j += 16)
       for (int64_t i = 0; i < rows; i += 8)
-        dot_tile<8, 1>(depth, {a.data + i * a.row_stride, a.row_stride, 1}, b + 2 * j, b_row, c + i * c_row + j, c_row, fresh);
+        dot_tile<8, 1>(depth, {a.data + i * a.row_stride, a.row_stride, 1}, b + 2 * j, b_row, c + i * c_row + j, c_row,
+                       fresh);
   }
 };
 
 // Products are so fast here that the cache decides: with 32 queries, what the forward pass needs stays in 48 KB, while
-// the backward pass gains more from reading K and V half as often (forward 555 against 425 GFLOP/s on one core of a Xeon
-// with AMX, backward 505 against 565; 1024 queries and keys, head_dim 64).
+// the backward pass gains more from reading K and V half as often (forward 555 against 425 GFLOP/s on one core of a
+// Xeon with AMX, backward 505 against 565; 1024 queries and keys, head_dim 64).
 template <int64_t kQueries>
 struct Bf16Pairs : Bf16PairProducts {
   static constexpr int64_t kBlockM = kQueries;
+  static constexpr int64_t kMaskedColumns = kQueries;
 };
 #endif
 
