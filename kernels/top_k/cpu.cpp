@@ -288,21 +288,21 @@ class Selection {
     k_ = k;
     filled_ = 0;
     reserve(2 * padded(k));
-    float block[kBlock];
+    if (k >= kGuessFrom && n >= 8 * k) {
+      scan_row(row, n, 0, guess(row, n));
+      if (filled_ >= k) return best();
+      filled_ = 0;
+    }
     const int64_t head = std::min<int64_t>(n, capacity_);  // until the buffer is full for the first time, all enter
+    float block[kBlock];
     for (; filled_ < head; filled_ += kBlock) {
       const int64_t count = std::min<int64_t>(kBlock, head - filled_);
       const float* x = read_block(row + filled_, count, block);
       for (int64_t i = 0; i < count; i += kLanes) pack(load<Float>(x + i), filled_ + i, &buffer_[filled_ + i]);
     }
     filled_ = head;
-    float threshold = shrink();
-    for (int64_t start = head; start < n; start += kBlock) {
-      const int64_t count = std::min<int64_t>(kBlock, n - start);
-      threshold = scan(read_block(row + start, count, block), count, start, threshold);
-    }
-    if (filled_ > k) shrink();
-    return buffer_.data();
+    scan_row(row, n, head, shrink());
+    return filled_ == k ? buffer_.data() : best();
   }
 
   // Room for `count` integers, a power of two, to be used in another way.
@@ -313,6 +313,36 @@ class Selection {
   }
 
  private:
+  static constexpr int64_t kSample = 512, kGuessFrom = kSample / 2, kRun = 16;
+
+  // For large k it pays to begin with a threshold, guessed from a sample: a little below where the k-th best should be.
+  template <class T>
+  float guess(const T* row, int64_t n) {
+    int64_t* sample = buffer_.data();
+    for (int64_t i = 0; i < kSample; ++i) {
+      const int64_t index = i / kRun * (n / (kSample / kRun)) + i % kRun;
+      sample[i] = pack(widen(row[index]), uint32_t(index));
+    }
+    sort_descending(sample, kSample);
+    const double expected = double(k_) * kSample / double(n);
+    return value_of(sample[std::min<int64_t>(kSample, int64_t(expected + 4 * std::sqrt(expected)) + 4) - 1]);
+  }
+
+  // Take in what exceeds the threshold from `start` on.
+  template <class T>
+  void scan_row(const T* row, int64_t n, int64_t start, float threshold) {
+    float block[kBlock];
+    for (; start < n; start += kBlock) {
+      const int64_t count = std::min<int64_t>(kBlock, n - start);
+      threshold = scan(read_block(row + start, count, block), count, start, threshold);
+    }
+  }
+
+  int64_t* best() {
+    shrink();
+    return buffer_.data();
+  }
+
   float scan(const float* x, int64_t count, int64_t start, float threshold) {
     for (int64_t i = 0; i < count; i += kLanes) {
       uint32_t above = sign_bits(~(load<Float>(x + i) <= threshold));  // NaN is above, too

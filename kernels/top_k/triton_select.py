@@ -213,7 +213,7 @@ def launch(kernel: Any, programs: int, arguments: tuple, constants: dict, num_wa
     microseconds, as long as a kernel takes. Here that is done once per `key`, which therefore has to tell apart
     whatever Triton would: the types, what is 1 or a multiple of 16, and which pointers are aligned to 16 bytes.
     """
-    key = (kernel, num_warps, key, *constants.values())
+    key = (id(kernel), num_warps, key, *constants.values())
     compiled = _compiled.get(key)
     if compiled is None:
         compiled = kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
