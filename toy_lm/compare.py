@@ -111,7 +111,7 @@ def compare(
 
 
 def compare_alone(sizes: Sizes, device: torch.device) -> list[Measured]:
-    """Both kinds of attention at each length, in the precision that training uses on this device."""
+    """Both kinds of attention at each length, in bf16 on a GPU that computes in it, else in fp32."""
     rows = []
     for seqlen in sizes.seqlens:
         shape = (max(1, sizes.num_tokens // seqlen), sizes.num_heads, seqlen, sizes.head_dim)
@@ -198,6 +198,7 @@ def compare_losses(device: torch.device, steps: int) -> dict[str, list[tuple[int
                 attention=kind,
                 device=device.type,
                 steps=steps,
+                precision="fp32" if autocast_dtype(device) is None else "bf16",
                 compile=False,  # which would take longer than so short a run
                 log=lambda line: None,
             )
