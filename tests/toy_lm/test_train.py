@@ -39,6 +39,9 @@ TINY = Preset(
     ),
 )
 CORPUS = "grammar:20000"
+# How far losses part that differ in the order of sums alone: AdamW's first steps are lr * sign(gradient), so that the
+# rounding of a gradient near 0 moves its weight by the whole step, the other way.
+ROUNDING = 1e-3
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -190,7 +193,7 @@ def test_classic_and_fused_attention_learn_alike(whole, tmp_path):
     _run(tmp_path / "run", attention="classic")
     for row, other in zip(_timeless(tmp_path / "run"), _timeless(whole[0]), strict=True):
         for name in ("train_loss", "validation_loss"):
-            assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-4)
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=ROUNDING)
 
 
 def test_two_workers_learn_what_one_does(whole, tmp_path):
@@ -211,7 +214,7 @@ def test_two_workers_learn_what_one_does(whole, tmp_path):
     assert len(rows) == len(other_rows) == 4
     for row, other in zip(rows, other_rows, strict=True):
         for name in row:
-            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4)
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=ROUNDING)
     weights, other_weights = _weights(tmp_path / "run"), _weights(whole[0])
     for name in weights:
         torch.testing.assert_close(weights[name], other_weights[name], atol=2e-3, rtol=0)
@@ -220,7 +223,7 @@ def test_two_workers_learn_what_one_does(whole, tmp_path):
 def test_parts_of_a_batch_add_up_to_the_whole(whole, tmp_path):
     _run(tmp_path / "run", _tiny(grad_accumulation=2))
     for row, other in zip(_timeless(tmp_path / "run"), _timeless(whole[0]), strict=True):
-        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-4)
+        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=ROUNDING)
     with pytest.raises(ValueError, match="grad_accumulation: got 3, needs a divisor of batch_size = 4"):
         _tiny(grad_accumulation=3)
 
