@@ -53,6 +53,7 @@ from kernels.top_k.triton_top_p import (
     LEVELS,
     LIST_LENGTH,
     LIST_WARPS,
+    WEIGH_WARPS,
     chunk_curves,
     cut_within_bracket,
     find_bracket,
@@ -444,7 +445,7 @@ def _cut_at_top_p(job: _Job, cuts: Tensor, lasts: Tensor, chunk_sums: Tensor, nu
     arguments = (logits, group_keys, brackets, counts, listed, sums, chunk_sums, *row)
     arguments += (temperature, min_p, temperature_stride, min_p_stride)
     constants = {**job.constants(), **width, "CHUNK": CHUNK}
-    launch(weigh_chunks, batch * num_chunks, arguments, constants, CHUNK_WARPS, job.key)
+    launch(weigh_chunks, batch * num_chunks, arguments, constants, WEIGH_WARPS, job.key)
     arguments = (logits, group_keys, counts, listed, sums, chunk_sums, cuts, lasts, *row)
     arguments += (temperature, top_p, min_p, temperature_stride, top_p_stride, min_p_stride)
     launch(cut_within_bracket, batch, arguments, constants, LIST_WARPS, job.key)

@@ -33,6 +33,7 @@ LEVELS = tl.constexpr(16)
 LEVELS_PER_MEAN = tl.constexpr(3.0)  # so many levels reach from a chunk's maximum down to the mean depth of its mass
 LIST_LENGTH = tl.constexpr(8192)
 LIST_WARPS = 16
+WEIGH_WARPS = 8  # with 4, a thread would need 216 registers
 MARGIN = tl.constexpr(2000.0)  # tokens that a bracket reaches beyond the estimated cut, to either side
 
 
