@@ -203,7 +203,7 @@ def test_two_workers_learn_what_one_does(whole, tmp_path):
         "import sys\n"
         "from tests.toy_lm.test_train import CORPUS, TINY\n"
         "from toy_lm.train import train\n"
-        "train(CORPUS, TINY, sys.argv[1], device='cpu', stop_after=18)\n"
+        "train(CORPUS, TINY, sys.argv[1], device='cpu', precision='fp32', stop_after=18)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
     root = pathlib.Path(__file__).parents[2]
