@@ -108,9 +108,9 @@ def _qkv(
         scaled = (x * scale.to(tl.float32)[None, :]).to(w_ptr.dtype.element_ty)
         w_at = w_ptr + (head * HEAD_DIM + offs)[None, :] * dim + columns[:, None]  # [BLOCK_K, HALF]
         w_mask = (columns < dim)[:, None] & inside[None, :]
-        first = tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), first, input_precision="ieee")
+        first += tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), input_precision="ieee")
         w_at += HEAD_DIM // 2 * dim
-        second = tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), second, input_precision="ieee")
+        second += tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), input_precision="ieee")
     factor = (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
     first, second = first * factor, second * factor
 
@@ -221,9 +221,9 @@ def _gate_up(
         scaled = (x * scale.to(tl.float32)[None, :]).to(w_ptr.dtype.element_ty)
         w_at = w_ptr + n[None, :] * dim + columns[:, None]  # [BLOCK_K, BLOCK_N]
         w_mask = (columns < dim)[:, None] & (n < mlp_dim)[None, :]
-        gate = tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), gate, input_precision="ieee")
+        gate += tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), input_precision="ieee")
         w_at += mlp_dim * dim
-        up = tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), up, input_precision="ieee")
+        up += tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), input_precision="ieee")
     factor = (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
     gate, up = gate * factor, up * factor
     hidden = gate * tl.sigmoid(gate) * up
@@ -259,7 +259,7 @@ def _down(
         )
         w_at = w_ptr + n[None, :] * mlp_dim + columns[:, None]  # [BLOCK_K, BLOCK_N]
         w = tl.load(w_at, mask=(columns < mlp_dim)[:, None] & (n < dim)[None, :], other=0.0)
-        acc = tl.dot(hidden, w, acc, input_precision="ieee")
+        acc += tl.dot(hidden, w, input_precision="ieee")
     tl.store(x_ptr + rows[:, None] * dim + n[None, :], acc, mask=mask)
 
 
@@ -294,7 +294,7 @@ def _head(
         scaled = (x * scale.to(tl.float32)[None, :]).to(w_ptr.dtype.element_ty)
         w_at = w_ptr + n[None, :].to(tl.int64) * dim + columns[:, None]
         w = tl.load(w_at, mask=(columns < dim)[:, None] & (n < vocab_size)[None, :], other=0.0)
-        acc = tl.dot(scaled, w, acc, input_precision="ieee")
+        acc += tl.dot(scaled, w, input_precision="ieee")
     acc *= (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
     at = logits_ptr + rows[:, None].to(tl.int64) * vocab_size + n[None, :]
     tl.store(at, acc, mask=(rows < batch)[:, None] & (n < vocab_size)[None, :])
@@ -331,7 +331,8 @@ def decode_step(
 
     overlap = _can_overlap(embedding.device)
     shared = {"OVERLAP": overlap, "num_warps": 4, **({"launch_pdl": True} if overlap else {})}
-    block_k = min(256 // embedding.element_size(), max(16, triton.next_power_of_2(dim)))
+    # In fp32 a product is a chain of additions: chains of 32 that are added up round less than one of model_dim.
+    block_k = min(32 if embedding.dtype == torch.float32 else 128, max(16, triton.next_power_of_2(dim)))
     batches = triton.cdiv(batch, BLOCK_B)
     product = {"BLOCK_K": block_k, "num_stages": 4, **shared}
     _embed[(batch,)](token_ids, embedding, x, dim, triton.next_power_of_2(dim), **shared)
