@@ -20,8 +20,8 @@ Two overlaps keep the matrix unit busy while exponentials are computed:
 
     within a consumer    S_j = Q K_j^T is started before O += P_{j-1} V_{j-1}, so that softmax(S_j) runs beside the
                          latter
-    between consumers    they take turns (the barriers `turn`): one's matrix products are queued while the other is
-                         at its softmax ("ping-pong")
+    between consumers    one's matrix products are queued while the other is at its softmax; left to themselves they
+                         fall into that order, with PING_PONG the barriers `turn` hold them to it
 
 A program works through several tiles of queries (a persistent grid) or one; the heavy ones, last in causal order, go
 first.
