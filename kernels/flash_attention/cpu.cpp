@@ -715,7 +715,7 @@ double count_flops(const Problem& problem) {
   return 4.0 * pairs * static_cast<double>(problem.num_heads * problem.head_dim) * (problem.options.causal ? 0.5 : 1.0);
 }
 
-// Packs K or V of all key heads, block by block, where that is needed and more than one block of queries uses it.
+// Packs K or V of all key heads, block by block, where that is needed and more than two blocks of queries use it.
 template <class M, class Pack>
 const typename M::Element* pack_keys(const Problem& problem, const Heads& keys, Buffer<typename M::Element>& buffer,
                                      const Pack& pack) {
@@ -724,7 +724,7 @@ const typename M::Element* pack_keys(const Problem& problem, const Heads& keys, 
   int64_t most_blocks = 0;
   for (const Sequence& sequence : problem.sequences)
     most_blocks = std::max(most_blocks, ceil_div(sequence.seqlen_q, kBlockM));
-  if (most_blocks * problem.groups() <= 1) return nullptr;
+  if (most_blocks * problem.groups() <= 2) return nullptr;
   const std::vector<int64_t> starts = count_blocks(problem.sequences, &Sequence::seqlen_k, kBlockN);
   const int64_t size = KeyBlocks<M>::block_size(problem.head_dim);
   typename M::Element* packed = buffer.at_least(starts.back() * problem.num_kv_heads * size);
