@@ -92,14 +92,14 @@ def test_every_head_dim_and_dtype(device, head_dim, dtype, causal):
     check_attention(q, k, v, causal=causal, dlse=randn(1, 2, 113, device=device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window_size, softcap", [(None, 3.0), (1, 0.0), (5, 0.0), (70, 2.0), (1000, 0.0)])
-@pytest.mark.parametrize("seqlen_q, seqlen_k", [(257, 257), (64, 300), (300, 64), (1, 77)])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(257, 257), (64, 150), (150, 64)])
 def test_window_and_softcap(device, seqlen_q, seqlen_k, window_size, softcap, causal, dtype):
-    q = randn(1, 4, seqlen_q, 32, device=device, dtype=dtype)
-    k, v = randn(2, 1, 2, seqlen_k, 32, device=device, dtype=dtype)
-    dlse = randn(1, 4, seqlen_q, device=device)
+    q = randn(1, 2, seqlen_q, 32, device=device, dtype=dtype)
+    k, v = randn(2, 1, 1, seqlen_k, 32, device=device, dtype=dtype)
+    dlse = randn(1, 2, seqlen_q, device=device)
     check_attention(q, k, v, dlse=dlse, causal=causal, window_size=window_size, softcap=softcap, softmax_scale=0.5)
 
 
@@ -199,7 +199,7 @@ DOCUMENTS = [  # lengths of queries, lengths of keys
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window_size, softcap", [(None, 0.0), (6, 4.0)])
 @pytest.mark.parametrize("lengths_q, lengths_k", DOCUMENTS[:3])
@@ -255,9 +255,9 @@ def test_documents_do_not_see_each_other(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [3, 32, 64, 80, 128, 256])
-@pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 1), (6, 6), (16, 2)])
-@pytest.mark.parametrize("seqlen_q", [1, 2, 5])
+@pytest.mark.parametrize("head_dim", [3, 64, 80, 256])
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(3, 3), (16, 2)])
+@pytest.mark.parametrize("seqlen_q", [1, 5])
 def test_decode_is_the_end_of_the_full_forward(device, seqlen_q, num_heads, num_kv_heads, head_dim, dtype):
     lengths = torch.tensor([0, 1, 7, 64, 129, 300], dtype=torch.int32, device=device)
     q = randn(6, num_heads, seqlen_q, head_dim, device=device, dtype=dtype)
@@ -290,9 +290,9 @@ def test_decode_reads_nothing_behind_the_length_and_writes_nothing(device, dtype
     assert torch.equal(guarded.nan_to_num(), before.nan_to_num())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("head_dim", [40, 64])
 def test_same_input_same_bits(device, head_dim, causal, dtype):
     q = randn(2, 4, 300, head_dim, device=device, dtype=dtype)
     k, v = randn(2, 2, 2, 300, head_dim, device=device, dtype=dtype)
