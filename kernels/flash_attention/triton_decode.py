@@ -35,8 +35,7 @@ from kernels.flash_attention.triton_forward import (
 
 MAX_ROWS = 64  # of one program's tile
 MAX_SPLITS = 128
-KEYS_PER_SPLIT = 128  # at least
-PROGRAMS_PER_PROCESSOR = 8  # wanted, to even out the end
+KEYS_PER_SPLIT = 1024  # at least: below that a second launch costs more than splitting saves
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "heads_per_kv_head", "seqlen_q", "num_splits", "window_size"])
@@ -201,9 +200,8 @@ def launch(
 
 
 def count_splits(num_tiles: int, capacity: int, device: torch.device) -> int:
-    """Enough to give every processor several programs, but none of them less than KEYS_PER_SPLIT keys."""
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * count_processors(device), num_tiles)
-    return max(1, min(wanted, MAX_SPLITS, triton.cdiv(capacity, KEYS_PER_SPLIT)))
+    """As many as give every processor a program, but none of them less than KEYS_PER_SPLIT keys."""
+    return max(1, min(count_processors(device) // num_tiles, MAX_SPLITS, capacity // KEYS_PER_SPLIT))
 
 
 @functools.cache
