@@ -185,11 +185,12 @@ def build(sources: list[pathlib.Path], capability: str = "native") -> list[pathl
         targets = [folder / f"{source.parent.name}_{_fingerprint(source, cxx, capability)}.so" for source in sources]
         with _exclusive(folder / "lock"):
             missing = [(s, t) for s, t in zip(sources, targets, strict=True) if not t.exists()]
-            jobs = [(t, _start_compiler(cxx, s, t, capability)) for s, t in missing]
-            outputs = [(target, job, job.communicate()[0]) for target, job in jobs]
-            for target, job, output in outputs:
+            commands = [_compile_command(cxx, s, t, capability) for s, t in missing]
+            jobs = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+            outputs = [job.communicate()[0] for job in jobs]
+            for (_, target), command, job, output in zip(missing, commands, jobs, outputs, strict=True):
                 if job.returncode != 0:
-                    raise BuildError(f"{cxx} failed on {target.stem}\n{shlex.join(job.args)}\n{output}")
+                    raise BuildError(f"{cxx} failed on {target.stem}\n{shlex.join(command)}\n{output}")
                 os.replace(_unfinished(target), target)
     except OSError as error:
         raise BuildError(
@@ -226,7 +227,7 @@ def _flags(capability: str) -> tuple[str, ...]:
     return _CXX_FLAGS + _CAPABILITY_FLAGS[capability]
 
 
-def _start_compiler(cxx: str, source: pathlib.Path, target: pathlib.Path, capability: str) -> subprocess.Popen:
+def _compile_command(cxx: str, source: pathlib.Path, target: pathlib.Path, capability: str) -> list[str]:
     torch_folder = pathlib.Path(torch.__file__).parent
     include = torch_folder / "include"
     libraries = ("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-ltorch", "-lc10")
@@ -242,7 +243,7 @@ def _start_compiler(cxx: str, source: pathlib.Path, target: pathlib.Path, capabi
     ]
     if sys.platform == "darwin":
         command.append("-Wl,-undefined,dynamic_lookup")
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return command
 
 
 @contextlib.contextmanager

@@ -281,7 +281,7 @@ def plot(path: pathlib.Path, cells: Sequence[Cell]) -> str:
         return f"no {path.name}: matplotlib is not installed (pip install matplotlib)"
     figure = Figure(figsize=(15, 10), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1), squeeze=False)[:, 0]
     axes = upper.subplots(2, 4)
     titles = [f"head_dim {head_dim}, {mask}" for head_dim in HEAD_DIMS for mask in ("full", "causal")]
     for row, table in enumerate(("forward", "backward")):
