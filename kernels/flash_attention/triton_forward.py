@@ -95,7 +95,11 @@ def store_tile(
 
 @triton.jit
 def matmul(a, b, acc=None):
-    """a b (+ acc) in fp32. fp32 operands are multiplied as fp32, not as tf32."""
+    """a b (+ acc) in fp32. fp32 operands are multiplied as fp32, not as tf32, and a tile's sum is made before it is
+    added to acc: one chain of additions through thousands of keys would round worse than plain torch."""
+    if a.dtype == tl.float32 and acc is not None:
+        # A limit on imprecise accumulation, which fp32 has none of, keeps the compiler from starting the sum at acc.
+        return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=a.shape[1])
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
