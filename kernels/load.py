@@ -114,16 +114,11 @@ def _bind(device_type: str) -> Binding:
     except (BuildError, ImportError) as error:
         if wanted == "fused":
             raise
-        binding = _bind_references(device_type, str(error).splitlines()[0])
-        warnings.warn(f"{binding.line}. {_how_to_mend(device_type)}\n{error}", stacklevel=4)
+        reason, *details = str(error).splitlines()
+        binding = _bind_references(device_type, reason)
+        warnings.warn("\n".join((binding.line, *details)), stacklevel=4)
         return binding
     return Binding(device_type=device_type, kind="fused", line=line)
-
-
-def _how_to_mend(device_type: str) -> str:
-    if device_type == "cuda":
-        return "Install Triton (pip install 'triton>=3.6,<3.8') for the fused kernels."
-    return "Install a C++ compiler (Debian: apt install g++; macOS: xcode-select --install) for the fused kernels."
 
 
 def _bind_references(device_type: str, reason: str) -> Binding:
@@ -136,7 +131,10 @@ def _bind_references(device_type: str, reason: str) -> Binding:
 
 
 def _bind_cuda() -> str:
-    import triton
+    try:
+        import triton
+    except ImportError as error:
+        raise ImportError(f"{error}; install Triton (pip install 'triton>=3.6,<3.8')") from error
 
     for folder in OP_FOLDERS:
         library = torch.library.Library("kernels", "IMPL", "CUDA")
@@ -170,7 +168,8 @@ def compiler() -> str:
     for candidate in candidates:
         if path := shutil.which(candidate):
             return path
-    raise BuildError(f"no C++ compiler found (looked for {', '.join(candidates)})")
+    mend = "install one (Debian: apt install g++; macOS: xcode-select --install) or name one in CXX"
+    raise BuildError(f"no C++ compiler found (looked for {', '.join(candidates)}); {mend}")
 
 
 def build(sources: list[pathlib.Path], capability: str = "native") -> list[pathlib.Path]:
