@@ -60,8 +60,8 @@ TILES = {
     (BACKWARD_DKDV, "small", 256): Tile(16, 32, 4, 1),
 }
 
-# What decoding does is read the cache, on every card: BLOCK_N keys at a time, by head_dim. On an H200, one
-# query over 131072 keys: within 2 % of cuDNN's time, the cache read at 88 % of the rate of a copy.
+# What decoding does is read the cache, on every card: BLOCK_N keys at a time, by head_dim. From a sweep on an H200, one
+# query of 32 heads over 131072 keys of 8 heads, head_dim 128, in 33 splits: 141.6 us; cuDNN 140.0, a copy's rate 124.9.
 DECODE_TILES = {64: Tile(16, 32, 2, 4), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 2)}
 
 # fp32, multiplied without matrix units: by head_dim. Larger ones spill and take long to compile.
