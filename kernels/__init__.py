@@ -4,8 +4,13 @@ The tensor's device picks the kernel. Importing this package compiles nothing an
 """
 
 from kernels.decode_step.op import DecodeWeights, decode_step
-from kernels.flash_attention.op import decode_attention, explain, flash_attention, flash_attention_varlen
-from kernels.flash_attention.reference import classic_attention
+from kernels.flash_attention.op import (
+    classic_attention,
+    decode_attention,
+    explain,
+    flash_attention,
+    flash_attention_varlen,
+)
 from kernels.load import BuildError, load
 from kernels.top_k.op import Sampled, sample, top_k
 

@@ -67,12 +67,47 @@ def flash_attention(
     Raises ValueError naming the argument, what it got and what it allows.
     """
     _check_tensors(q, k, v, heads_dim=1, dims=4)
+    _check_supported(q)
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"k: got batch {k.shape[0]}, q has batch {q.shape[0]}")
     options = _options(q, softmax_scale, causal, window_size, softcap)
     ensure(q.device.type)
     out, lse = _ops.flash_attention_forward(q, k, v, *options)
     return (out, lse) if return_lse else out
+
+
+def classic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: int | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`flash_attention` in three steps of plain torch, with the scores and their softmax written to memory.
+
+    Arguments, results and errors are those of `flash_attention`, in any floating dtype and with any head_dim. Can be
+    differentiated any number of times.
+    """
+    _check_tensors(q, k, v, heads_dim=1, dims=4)
+    if not q.dtype.is_floating_point or q.shape[-1] < 1:
+        raise ValueError(f"q: got {q.dtype}, head_dim {q.shape[-1]}, needs a floating dtype and head_dim 1 or more")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"k: got batch {k.shape[0]}, q has batch {q.shape[0]}")
+    _options(q, softmax_scale, causal, window_size, softcap)
+    return reference.classic_attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        window_size=window_size,
+        softcap=softcap,
+        return_lse=return_lse,
+    )
 
 
 def flash_attention_varlen(
@@ -101,6 +136,7 @@ def flash_attention_varlen(
     by the kernel alone, so that nothing waits for the GPU: they are not checked against total_q and max_seqlen_q.
     """
     _check_tensors(q, k, v, heads_dim=1, dims=3)
+    _check_supported(q)
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
             raise ValueError(f"{name}: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, needs int32 (documents + 1,)")
@@ -140,6 +176,7 @@ def decode_attention(
     derivatives. The result does not depend on capacity.
     """
     _check_tensors(q, k_cache, v_cache, heads_dim=1, dims=4, names=("q", "k_cache", "v_cache"))
+    _check_supported(q)
     if q.shape[0] != k_cache.shape[0]:
         raise ValueError(f"k_cache: got batch {k_cache.shape[0]}, q has batch {q.shape[0]}")
     if cache_seqlens.dtype != torch.int32 or cache_seqlens.shape != (q.shape[0],):
@@ -167,6 +204,7 @@ def explain(
     Arguments, and errors, as `flash_attention`. Runs nothing.
     """
     _check_tensors(q, k, v, heads_dim=1, dims=4)
+    _check_supported(q)
     options = _options(q, softmax_scale, causal, window_size, softcap)
     binding = load(q.device)
     if q.device.type != "cuda" or binding.kind != "fused":
@@ -183,23 +221,25 @@ def _check_tensors(
         if x.dim() != dims:
             layout = "(batch, heads, seqlen, head_dim)" if dims == 4 else "(total, heads, head_dim)"
             raise ValueError(f"{name}: got {x.dim()} dimensions {tuple(x.shape)}, needs {layout}")
-        if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
-            raise ValueError(
-                f"{name}: got {x.dtype}, allowed are float32, float16 and bfloat16 (on the CPU also float64)"
-            )
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: got {x.dtype}, q is {q.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: got device {x.device}, q is on {q.device}")
         if x.shape[-1] != q.shape[-1]:
             raise ValueError(f"{name}: got head_dim {x.shape[-1]}, q has {q.shape[-1]}")
-    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"{names[0]}: got head_dim {q.shape[-1]}, allowed are 1 to {MAX_HEAD_DIM}")
     if k.shape != v.shape:
         raise ValueError(f"{names[2]}: got shape {tuple(v.shape)}, {names[1]} has {tuple(k.shape)}")
     num_heads, num_kv_heads = q.shape[heads_dim], k.shape[heads_dim]
     if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
         raise ValueError(f"{names[1]}: got {num_kv_heads} heads, needs a divisor of q's {num_heads}")
+
+
+def _check_supported(q: Tensor) -> None:
+    """What the fused kernels cannot do, and `classic_attention` can."""
+    if q.dtype not in DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
+        raise ValueError(f"q: got {q.dtype}, allowed are float32, float16 and bfloat16 (on the CPU also float64)")
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"q: got head_dim {q.shape[-1]}, allowed are 1 to {MAX_HEAD_DIM}")
 
 
 def _options(

@@ -379,12 +379,17 @@ def test_bad_arguments_are_named(device, shapes, options, message):
     q, k, v = (torch.zeros(shapes.get(name, (2, 4, 5, 16)), device=device) for name in "qkv")
     with pytest.raises(ValueError, match=message):
         kernels.flash_attention(q, k, v, **options)
+    if q.shape[-1] <= 256:  # the classic way has no widest head
+        with pytest.raises(ValueError, match=message):
+            kernels.classic_attention(q, k, v, **options)
 
 
 def test_bad_dtypes_and_sequences_are_named(device):
     x = torch.zeros(2, 4, 5, 16, device=device)
     with pytest.raises(ValueError, match=r"q: got torch\.int32, allowed are float32, float16 and bfloat16"):
         kernels.flash_attention(x.int(), x.int(), x.int())
+    with pytest.raises(ValueError, match=r"q: got torch\.int32, .* needs a floating dtype"):
+        kernels.classic_attention(x.int(), x.int(), x.int())
     with pytest.raises(ValueError, match=r"v: got torch\.float16, q is torch\.float32"):
         kernels.flash_attention(x, x, x.half())
     with pytest.raises(ValueError, match=r"cache_seqlens: got torch\.int64"):
