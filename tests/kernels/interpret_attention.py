@@ -20,10 +20,18 @@ OPTIONS = ((0, 0.0, 0.3), (7, 0.0, 0.3), (0, 2.0, 0.3), (20, 2.0, -0.3))
 DTYPES = (torch.float32, torch.float16)
 
 
-def check(got, expected, dtype):
-    assert torch.equal(got.isinf(), expected.isinf())
-    close = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    torch.testing.assert_close(got.double(), expected.double(), **close)
+def check(got, plain, exact):
+    """The error is at most twice that of plain torch in the same dtype, and two roundings.
+
+    One is the result's own; the other is lse's, from which the backward recomputes P, and plain torch does not.
+    """
+    assert torch.equal(got.isinf(), exact.isinf())
+    finite = ~exact.isinf()
+    if not finite.any():
+        return
+    rounding = torch.finfo(got.dtype).eps * exact[finite].abs().max()
+    got, plain, exact = (x[finite].double() for x in (got, plain, exact))
+    assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2 * rounding
 
 
 def keywords(window_size, softcap, softmax_scale):
@@ -39,17 +47,21 @@ def check_dense(shape, dtype, causal, options):
     out, lse = torch.full_like(q, torch.nan), torch.full_like(dlse, torch.nan)
     sequences, arguments = (None, None, seqlen_q, seqlen_k), (scale, causal, window_size, softcap)
     triton_forward.launch(q, k, v, out, lse, sequences, arguments, SMALL)
-    exact = [x.double() for x in (dout, dlse, q, k, v)]
+    given = (dout, dlse, q, k, v)
+    exact = [x.double() for x in given]
     expected = {"causal": causal, **keywords(*options)}
-    exact_out, exact_lse = reference.classic_attention(*exact[2:], return_lse=True, **expected)
-    check(out, exact_out, dtype)
-    check(lse, exact_lse, dtype)
+    exact_forward = reference.classic_attention(*exact[2:], return_lse=True, **expected)
+    plain_forward = reference.classic_attention(q, k, v, return_lse=True, **expected)
+    for got, plain, right in zip((out, lse), plain_forward, exact_forward, strict=True):
+        check(got, plain, right)
     gradients = [torch.full_like(x, torch.nan) for x in (q, k, v)]
     delta = torch.full_like(lse, torch.nan)
     triton_backward.launch_dq(dout, dlse, q, k, v, out, lse, gradients[0], delta, sequences, arguments, SMALL)
     triton_backward.launch_dkdv(dout, q, k, v, lse, delta, *gradients[1:], sequences, arguments, SMALL)
-    for got, wanted in zip(gradients, reference.classic_backward(*exact, **expected), strict=True):
-        check(got, wanted, dtype)
+    exact_gradients = reference.classic_backward(*exact, **expected)
+    plain_gradients = reference.classic_backward(*given, **expected)
+    for got, plain, right in zip(gradients, plain_gradients, exact_gradients, strict=True):
+        check(got, plain, right)
 
 
 def check_packed(dtype, causal, options):
@@ -62,16 +74,19 @@ def check_packed(dtype, causal, options):
     sequences = (starts_q, starts_k, 19, 40)
     out, lse = triton_forward.varlen_forward(q, k, v, *sequences, scale, causal, window_size, softcap)
     expected = {"causal": causal, **keywords(*options)}
-    exact = [x.double() for x in (dout, dlse, q, k, v)]
-    exact_out, exact_lse = reference.classic_attention_varlen(
-        *exact[2:], starts_q, starts_k, return_lse=True, **expected
-    )
-    check(out, exact_out, dtype)
-    check(lse, exact_lse, dtype)
+    given = (dout, dlse, q, k, v)
+    exact = [x.double() for x in given]
+    starts = (starts_q, starts_k)
+    exact_forward = reference.classic_attention_varlen(*exact[2:], *starts, return_lse=True, **expected)
+    plain_forward = reference.classic_attention_varlen(q, k, v, *starts, return_lse=True, **expected)
+    for got, plain, right in zip((out, lse), plain_forward, exact_forward, strict=True):
+        check(got, plain, right)
     ours = (dout, dlse, q, k, v, out, lse, *sequences, scale, causal, window_size, softcap)
-    wanted = reference.classic_varlen_backward(*exact, starts_q, starts_k, **expected)
-    for got, right in zip(triton_backward.varlen_backward(*ours), wanted, strict=True):
-        check(got, right, dtype)
+    gradients = triton_backward.varlen_backward(*ours)
+    exact_gradients = reference.classic_varlen_backward(*exact, *starts, **expected)
+    plain_gradients = reference.classic_varlen_backward(*given, *starts, **expected)
+    for got, plain, right in zip(gradients, plain_gradients, exact_gradients, strict=True):
+        check(got, plain, right)
 
 
 def check_decode(dtype, num_splits, options):
@@ -83,8 +98,8 @@ def check_decode(dtype, num_splits, options):
         k[2, :, 50:] = torch.nan
         out = torch.full_like(q, torch.nan)
         triton_decode.launch(q, k, v, lengths, out, scale, window_size, softcap, num_splits, SMALL)
-        exact = (q.double(), k.double(), v.double(), lengths)
-        check(out, reference.classic_decode(*exact, **keywords(*options)), dtype)
+        exact = reference.classic_decode(q.double(), k.double(), v.double(), lengths, **keywords(*options))
+        check(out, reference.classic_decode(q, k, v, lengths, **keywords(*options)), exact)
 
 
 def main() -> None:
