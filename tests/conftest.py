@@ -25,6 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
+    for report in terminalreporter.stats.get("skipped", []):
+        if not report.longrepr[2].endswith("needs a CUDA device"):
+            terminalreporter.write_line(f"skipped: {report.nodeid}: {report.longrepr[2]}")
     if _skipped_for_gpu:
         terminalreporter.write_line(f"{len(_skipped_for_gpu)} GPU tests were skipped: there is no CUDA device here")
 
