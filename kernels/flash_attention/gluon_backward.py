@@ -38,6 +38,7 @@ Knows no window, softcap or packed documents: `supports` sends those to the port
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 import triton
@@ -54,9 +55,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.flash_attention.hopper import LOG2_E, ROWS, describe, new_barriers, new_ring, new_tile_ring, refusal
+from kernels.flash_attention.hopper import (
+    LOG2_E,
+    ROWS,
+    describe,
+    descriptor,
+    new_barriers,
+    new_ring,
+    new_tile_ring,
+    refusal,
+)
+from kernels.launch import again, layout, remember
 
 BLOCK_N = gl.constexpr(128)  # keys of one program: 64 for each of two consumers
 ROW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
@@ -526,33 +536,49 @@ def launch(
     rows = torch.empty(num_pairs * num_m_blocks * 2 * tile.block_m, dtype=torch.float32, device=q.device)
     dq_sum = torch.empty(num_pairs, num_m_blocks * tile.block_m, head_dim, dtype=torch.float32, device=q.device)
     turn = torch.zeros(num_pairs, num_m_blocks, dtype=torch.int32, device=q.device)
+    key = (tile, softmax_scale, causal, layout(q, k, v, out, dout, lse, dlse))
 
-    prepare_kernel[(num_m_blocks, num_pairs)](
-        out, dout, lse, lse if dlse is None else dlse, rows, *out.stride()[:3], *dout.stride()[:3],
-        num_heads, seqlen_q, dlse is not None, tile.block_m, head_dim,
-    )  # fmt: skip
-    backward_kernel[(num_n_blocks * batch_size * num_kv_heads,)](
-        describe(q, tile.block_m),
-        describe(k, ROWS.value),
-        describe(v, ROWS.value),
-        describe(dout, tile.block_m),
-        TensorDescriptor(rows, [rows.numel()], [1], [2 * tile.block_m], ROW_LAYOUT),
-        TensorDescriptor(dq_sum, dq_sum.shape, dq_sum.stride(), [1, ROWS.value, 64], SQUARE_LAYOUT),
-        describe(dk, ROWS.value),
-        describe(dv, ROWS.value),
-        turn,
-        softmax_scale,
-        num_n_blocks,
-        num_m_blocks,
-        num_kv_heads,
-        num_heads // num_kv_heads,
-        seqlen_q,
-        seqlen_k,
-        tile.stages,
-        causal,
-        tile.registers,
-        num_warps=4,  # of one warpgroup: the others are added by gl.warp_specialize
+    def run(kernel: Any, grid: tuple[int, ...], tensors: tuple, scalars: tuple) -> None:
+        if not again((kernel.__name__, key), tensors):
+            # Four warps are one warpgroup: the others are added by gl.warp_specialize.
+            remember((kernel.__name__, key), kernel[grid](*tensors, *scalars, num_warps=4), grid, scalars)
+
+    run(
+        prepare_kernel,
+        (num_m_blocks, num_pairs),
+        (out, dout, lse, lse if dlse is None else dlse, rows),
+        (*out.stride()[:3], *dout.stride()[:3], num_heads, seqlen_q, dlse is not None, tile.block_m, head_dim),
     )
-    finish_kernel[(num_m_blocks, num_pairs)](
-        dq_sum, dq, softmax_scale, *dq.stride()[:3], num_heads, seqlen_q, seqlen_k, causal, tile.block_m, head_dim
+    run(
+        backward_kernel,
+        (num_n_blocks * batch_size * num_kv_heads,),
+        (
+            describe(q, tile.block_m),
+            describe(k, ROWS.value),
+            describe(v, ROWS.value),
+            describe(dout, tile.block_m),
+            descriptor(rows, [2 * tile.block_m], ROW_LAYOUT),
+            descriptor(dq_sum, [1, ROWS.value, 64], SQUARE_LAYOUT),
+            describe(dk, ROWS.value),
+            describe(dv, ROWS.value),
+            turn,
+        ),
+        (
+            softmax_scale,
+            num_n_blocks,
+            num_m_blocks,
+            num_kv_heads,
+            num_heads // num_kv_heads,
+            seqlen_q,
+            seqlen_k,
+            tile.stages,
+            causal,
+            tile.registers,
+        ),
+    )
+    run(
+        finish_kernel,
+        (num_m_blocks, num_pairs),
+        (dq_sum, dq),
+        (softmax_scale, *dq.stride()[:3], num_heads, seqlen_q, seqlen_k, causal, tile.block_m, head_dim),
     )

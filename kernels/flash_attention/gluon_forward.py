@@ -53,6 +53,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.flash_attention.hopper import LOG2_E, ROWS, describe, new_barriers, new_tile_ring, refusal
+from kernels.launch import again, layout, remember
 
 LN_2 = gl.constexpr(0.6931471805599453)
 PRODUCER_REGISTERS = gl.constexpr(24)
@@ -377,9 +378,14 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, causal: bool, tile: Tile
 ) -> None:
     """Run `forward_kernel` with a given tile."""
+    key = ("Hopper forward", tile, softmax_scale, causal, layout(q, k, v, out))
+    rows = ROWS.value
+    tensors = (describe(q, rows), describe(k, tile.block_n), describe(v, tile.block_n), describe(out, rows), lse)
+    if again(key, tensors):
+        return
     batch_size, num_heads, seqlen_q, head_dim = q.shape
     num_kv_heads, seqlen_k = k.shape[1:3]
-    num_m_blocks = triton.cdiv(seqlen_q, tile.consumers * ROWS.value)
+    num_m_blocks = triton.cdiv(seqlen_q, tile.consumers * rows)
     num_pairs = batch_size * num_heads
     # Without a causal mask the queries of one head come one after the other: all of them share its keys.
     heads_per_group = 1
@@ -389,12 +395,7 @@ def launch(
     programs = num_m_blocks * num_pairs
     if tile.persistent:
         programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    forward_kernel[(programs,)](
-        describe(q, ROWS.value),
-        describe(k, tile.block_n),
-        describe(v, tile.block_n),
-        describe(out, ROWS.value),
-        lse,
+    scalars = (
         softmax_scale * LOG2_E.value,
         num_heads,
         num_heads // num_kv_heads,
@@ -409,5 +410,6 @@ def launch(
         causal,
         tile.ping_pong,
         tile.registers,
-        num_warps=4,  # of one warpgroup: the others are added by gl.warp_specialize
     )
+    # Four warps are one warpgroup: the others are added by gl.warp_specialize.
+    remember(key, forward_kernel[(programs,)](*tensors, *scalars, num_warps=4), (programs,), scalars)

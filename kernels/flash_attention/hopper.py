@@ -115,8 +115,16 @@ def tile_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedL
 
 def describe(x: Tensor, rows: int) -> TensorDescriptor:
     """TMA's view of x (batch, num_heads, seqlen, head_dim): tiles of `rows` positions of one head."""
-    head_dim = x.shape[-1]
-    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, rows, head_dim], tile_layout(rows, head_dim, x.dtype))
+    return descriptor(x, [1, 1, rows, x.shape[-1]], tile_layout(rows, x.shape[-1], x.dtype))
+
+
+def descriptor(x: Tensor, block_shape: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    """TensorDescriptor(x, x.shape, x.stride(), block_shape, layout), without its checks, made at every launch:
+    `refusal` has made them."""
+    described = object.__new__(TensorDescriptor)
+    described.base, described.shape, described.strides = x, x.shape, x.stride()
+    described.block_shape, described.layout = block_shape, layout
+    return described
 
 
 def refusal(tensors: dict[str, Tensor], softmax_scale: float, window_size: int, softcap: float) -> str | None:

@@ -285,41 +285,54 @@ torch.library.register_fake("kernels::flash_attention_varlen_backward", _fake_ba
 torch.library.register_fake("kernels::decode_attention", _fake_decode, lib=_library)
 
 
-# Derivatives. The backward ops are ops of their own, so that torch.compile sees through them.
+# Derivatives. The backward ops are ops of their own, so that torch.compile sees through them. `register_autograd` would
+# write this too, at twice the time a call: what is below is as long as a small kernel takes.
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, v, *rest = inputs
-    ctx.save_for_backward(q, k, v, *output, *(x for x in rest if isinstance(x, Tensor)))
-    ctx.rest = tuple(x for x in rest if not isinstance(x, Tensor))
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """A forward op, differentiated once by its backward op."""
 
+    @staticmethod
+    def forward(ctx, forward_op, backward_op, q, k, v, *rest):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = forward_op(q, k, v, *rest)
+        ctx.save_for_backward(q, k, v, out, lse, *(x for x in rest if isinstance(x, Tensor)))
+        ctx.backward_op = backward_op
+        ctx.rest = tuple(x for x in rest if not isinstance(x, Tensor))
+        ctx.set_materialize_grads(False)
+        return out, lse
 
-def _differentiate(backward_op):
+    @staticmethod
     def backward(ctx, dout, dlse):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "flash_attention has no second derivative (create_graph=True); "
+                "kernels.classic_attention computes the same and can be differentiated any number of times"
+            )
         q, k, v, out, lse, *sequences = ctx.saved_tensors
+        nothing = (None,) * (len(sequences) + len(ctx.rest))
         if dout is None and dlse is None:
-            return (None,) * (3 + len(sequences) + len(ctx.rest))
+            return None, None, None, None, None, *nothing
         dout = torch.zeros_like(out) if dout is None else dout
-        gradients = backward_op(dout, dlse, q, k, v, out, lse, *sequences, *ctx.rest)
-        return *gradients, *(None,) * (len(sequences) + len(ctx.rest))
-
-    return backward
+        gradients = ctx.backward_op(dout, dlse, q, k, v, out, lse, *sequences, *ctx.rest)
+        return None, None, *gradients, *nothing
 
 
-def _refuse_second_derivative(ctx, *gradients):
-    raise RuntimeError(
-        "flash_attention has no second derivative (create_graph=True); "
-        "kernels.classic_attention computes the same and can be differentiated any number of times"
-    )
+def _with_derivative(name: str) -> None:
+    forward_op = getattr(_ops, f"{name}_forward").default
+    backward_op = getattr(_ops, f"{name}_backward").default
+
+    def autograd(q, k, v, *rest):
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return _Attention.apply(forward_op, backward_op, q, k, v, *rest)
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op(q, k, v, *rest)
+
+    _library.impl(f"{name}_forward", autograd, "Autograd")
 
 
-for _name in ("flash_attention", "flash_attention_varlen"):
-    _backward_op = getattr(_ops, f"{_name}_backward").default
-    torch.library.register_autograd(
-        f"kernels::{_name}_forward", _differentiate(_backward_op), setup_context=_setup_context, lib=_library
-    )
-    torch.library.register_autograd(f"kernels::{_name}_backward", _refuse_second_derivative, lib=_library)
+_with_derivative("flash_attention")
+_with_derivative("flash_attention_varlen")
 
 
 def _as_keywords(softmax_scale: float, causal: bool, window_size: int, softcap: float) -> dict:
