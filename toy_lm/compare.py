@@ -1,9 +1,9 @@
 """Classic against fused attention: time, peak memory and error over sequence lengths, and both inside the model.
 
-Alone, per length: forward + backward, causal, of `kernels.classic_attention` and `kernels.flash_attention` on the same
-tensors; a length twice as long has half the batch, so that the number of tokens stays. Time is the median of
-repetitions that alternate between the two. The error is the root mean square difference from fp64, of out and of the
-gradients together, over the root mean square of the fp64 values.
+Alone, per length: forward and backward, causal, of `kernels.classic_attention` and `kernels.flash_attention` on the
+same tensors; a length twice as long has half the batch, so that the number of tokens stays. Time is the median of
+repetitions that alternate between the two, each pass timed by itself. The error is the root mean square difference
+from fp64, of out and of the gradients together, over the root mean square of the fp64 values.
 
 Inside the model: the training step of the `sample` preset with each of the two, and the losses of two short runs that
 differ in nothing else.
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from toy_lm import report
+from toy_lm import picture, report
 from toy_lm.config import ModelConfig, preset
 from toy_lm.device import autocast_dtype, pick_device
 from toy_lm.model import ATTENTION, Transformer
@@ -49,6 +49,7 @@ class Measured:
     milliseconds: float
     peak_mib: float | None
     error: float | None = None
+    forward_ms: float | None = None  # of the milliseconds; the backward pass took the rest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,19 +123,37 @@ def compare_alone(sizes: Sizes, device: torch.device) -> list[Measured]:
             x.requires_grad_()
         exactly = [x.detach()[:1, :1].double().requires_grad_() for x in (q, k, v)]  # one head stands for all
         exact = _forward_backward("classic", exactly[0], exactly[1], exactly[2], dout[:1, :1])
-        calls = {kind: functools.partial(_forward_backward, kind, q, k, v, dout) for kind in KINDS}
-        seconds = time_alternately(calls, sizes.repetitions, device)
-        for kind, call in calls.items():
+        passes = _time_passes(q, k, v, dout, sizes.repetitions)
+        for kind in KINDS:
+            call = functools.partial(_forward_backward, kind, q, k, v, dout)
             rows.append(
                 Measured(
                     kind=kind,
                     seqlen=seqlen,
-                    milliseconds=1e3 * seconds[kind],
+                    milliseconds=1e3 * sum(passes[kind]),
+                    forward_ms=1e3 * passes[kind][0],
                     peak_mib=peak_memory(call, device),
                     error=_relative_error([x[:1, :1] for x in call()], exact),
                 )
             )
     return rows
+
+
+def _time_passes(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, repetitions: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of the forward and of the backward pass of each kind."""
+    outs: dict[str, Tensor] = {}
+
+    def forward(kind: str) -> None:
+        outs[kind] = ATTENTION[kind](q, k, v, causal=True)
+
+    def backward(kind: str) -> None:
+        torch.autograd.grad(outs[kind], (q, k, v), dout.to(outs[kind].dtype), retain_graph=True)
+
+    calls = {
+        f"{kind} {run.__name__}": functools.partial(run, kind) for kind in KINDS for run in (forward, backward)
+    }  # in this order: a backward pass follows its forward pass
+    seconds = time_alternately(calls, repetitions, q.device)
+    return {kind: (seconds[f"{kind} forward"], seconds[f"{kind} backward"]) for kind in KINDS}
 
 
 def _forward_backward(kind: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
@@ -296,55 +315,62 @@ def plot(
     path: pathlib.Path, alone: Sequence[Measured], losses: dict[str, list[tuple[int, float, float]]], title: str
 ) -> str:
     """Draw time, memory and losses; returns a line that says where the picture is, or why there is none."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return f"no {path.name}: matplotlib is not installed (pip install matplotlib)"
-    panels = [_draw_time]
+    by_kind = {kind: [row for row in alone if row.kind == kind] for kind in KINDS}
+    panels = [_PASSES] if any(row.forward_ms is None for row in alone) else [_FORWARD, _BACKWARD]
     if all(row.peak_mib for row in alone):
-        panels.append(_draw_memory)
-    figure = Figure(figsize=(4.4 * (len(panels) + bool(losses)), 4.4), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels) + bool(losses), squeeze=False)[0]
-    figure.suptitle(f"Classic against fused attention: {title}", fontsize=13)
-    for draw, panel in zip(panels, axes, strict=False):
-        draw(panel, {kind: [row for row in alone if row.kind == kind] for kind in KINDS})
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xticks(sorted({row.seqlen for row in alone}))
-        panel.xaxis.set_major_formatter("{x:.0f}")
-        panel.set_xlabel("sequence length")
+        panels.append(_MEMORY)
+    num_panels = len(panels) + bool(losses)
+    num_lines = (num_panels + 1) // 2
+    figure = picture.new_figure(10, 0.8 + 3.5 * num_lines)
+    if figure is None:
+        return picture.save(None, path)
+    axes = figure.subplots(num_lines, 2, squeeze=False).flat
+    figure.suptitle(f"Classic against fused attention\n{title}", fontsize=13, color=picture.INK)
+    for panel, (what, unit, verdict, value) in zip(axes, panels, strict=False):
+        curves = {kind: [(row.seqlen, value(row)) for row in rows] for kind, rows in by_kind.items()}
+        _draw_curves(panel, curves, unit)
+        (seqlen, classic), (_, fused) = curves["classic"][-1], curves["fused"][-1]
+        panel.set_title(f"{what}: {_times(classic / fused)} {verdict} at {seqlen}", fontweight="bold")
+        panel.set_ylabel(unit)
     if losses:
-        _draw_losses(axes[-1], losses)
-    for panel in axes:
-        panel.grid(alpha=0.3)
-        panel.legend()
-    figure.savefig(path, dpi=110)
-    return f"picture: {path}"
+        _draw_losses(axes[num_panels - 1], losses)
+    for panel in axes[num_panels:]:
+        panel.remove()
+    for panel in axes[:num_panels]:
+        picture.clean(panel)
+    return picture.save(figure, path)
 
 
+# what, its unit, what less of it is called, its value
+_PASSES = ("forward + backward", "ms", "faster", lambda row: row.milliseconds)
+_FORWARD = ("forward", "ms", "faster", lambda row: row.forward_ms)
+_BACKWARD = ("backward", "ms", "faster", lambda row: row.milliseconds - row.forward_ms)
+_MEMORY = ("peak memory", "MiB", "less", lambda row: row.peak_mib)
 _STYLES: dict[str, dict] = {
-    "classic": {"label": "classic", "color": "#d1495b", "marker": "s", "linewidth": 2.5},
-    "fused": {"label": "fused", "color": "#00798c", "marker": "o", "linewidth": 2.5},
+    "classic": {"color": picture.RED, "marker": "s", "linewidth": 2.5},
+    "fused": {"color": picture.BLUE, "marker": "o", "linewidth": 2.5},
 }
 
 
-def _draw_time(panel, by_kind: dict[str, list[Measured]]) -> None:
-    for kind, rows in by_kind.items():
-        panel.plot([row.seqlen for row in rows], [row.milliseconds for row in rows], **_STYLES[kind])
-    classic, fused = (by_kind[kind][-1] for kind in KINDS)
-    panel.set_title(f"time: fused is {classic.milliseconds / fused.milliseconds:.1f}x faster at {fused.seqlen}")
-    panel.set_ylabel("forward + backward, ms")
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
-def _draw_memory(panel, by_kind: dict[str, list[Measured]]) -> None:
-    for kind, rows in by_kind.items():
-        panel.plot([row.seqlen for row in rows], [row.peak_mib for row in rows], **_STYLES[kind])
-    classic, fused = (by_kind[kind][-1] for kind in KINDS)
-    assert classic.peak_mib and fused.peak_mib
-    panel.set_title(f"memory: fused needs {classic.peak_mib / fused.peak_mib:.0f}x less at {fused.seqlen}")
-    panel.set_ylabel("peak memory of the call, MiB")
+def _draw_curves(panel, curves: dict[str, list[tuple[int, float]]], unit: str) -> None:
+    """Both kinds over the lengths, each named at its end: no legend to look up."""
+    for kind, points in curves.items():
+        seqlens, values = zip(*points, strict=True)
+        panel.plot(seqlens, values, **_STYLES[kind])
+        label = f" {kind}\n {values[-1]:.3g} {unit}"
+        panel.annotate(label, points[-1], va="center", color=_STYLES[kind]["color"], fontweight="bold")
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlim(seqlens[0] / 1.2, seqlens[-1] * 2.6)  # room for the names
+    panel.set_xticks(seqlens)
+    panel.xaxis.set_major_formatter("{x:.0f}")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("")
+    panel.set_xlabel("sequence length")
 
 
 def _draw_losses(panel, losses: dict[str, list[tuple[int, float, float]]]) -> None:
@@ -352,4 +378,6 @@ def _draw_losses(panel, losses: dict[str, list[tuple[int, float, float]]]) -> No
     for kind, width in (("classic", 7), ("fused", 2)):
         steps, _, validation = zip(*losses[kind], strict=True)
         panel.plot(steps, validation, label=kind, color=_STYLES[kind]["color"], linewidth=width)
-    panel.set(title="loss: the same model either way", xlabel="training step", ylabel="validation loss, nats/token")
+    panel.set(xlabel="training step", ylabel="validation loss, nats/token")
+    panel.set_title("loss: the same model either way", fontweight="bold")
+    panel.legend(frameon=False)
