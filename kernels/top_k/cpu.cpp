@@ -453,9 +453,10 @@ int64_t random_below(int64_t total, uint64_t u) {
   return int64_t(u_high * high + (middle >> 32) + (cross >> 32) + (carry >> 32));
 }
 
-// floor(total * p) with p cut to a multiple of 2^-31.
+// total * p, with p lowered by what rounding to fp32 may have added.
 int64_t share(int64_t total, float p) {
-  const int64_t p_bits = int64_t(p * 0x1p31f);
+  int64_t p_bits = int64_t(p * 0x1p31f);
+  if (p < 1.0f) p_bits -= 1 + (p_bits >> 24);
   return (total >> 31) * p_bits + ((total & 0x7fffffff) * p_bits >> 31);
 }
 

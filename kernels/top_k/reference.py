@@ -122,6 +122,11 @@ def sample(
 
 
 def _share(total: Tensor, p: Tensor) -> Tensor:
-    """floor(total * p) in integers, with p (fp32, at most 1) cut to a multiple of 2^-31; total below 2^61."""
+    """The mass that has to be reached: total * p in integers; p fp32, at most 1; total below 2^61.
+
+    p is cut to a multiple of 2^-31 and lowered by what rounding to fp32 may have added, so that 600 of 1000 equal
+    tokens reach 0.6, which in fp32 is 0.60000002. 1 stays 1.
+    """
     p_bits = (p * 2.0**31).to(torch.int64)
+    p_bits = torch.where(p < 1, p_bits - 1 - (p_bits >> 24), p_bits)
     return (total >> 31) * p_bits + (((total & 0x7FFFFFFF) * p_bits) >> 31)

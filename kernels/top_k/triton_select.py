@@ -127,8 +127,9 @@ def integer_weight(z, rate):
 
 @triton.jit
 def share(total, p):
-    """reference._share: floor(total * p), p cut to a multiple of 2^-31."""
+    """reference._share: total * p, with p lowered by what rounding to fp32 may have added."""
     p_bits = (p * 2147483648.0).to(tl.int64)
+    p_bits = tl.where(p < 1.0, p_bits - 1 - (p_bits >> 24), p_bits)
     return (total >> 31) * p_bits + (((total & 0x7FFFFFFF) * p_bits) >> 31)
 
 

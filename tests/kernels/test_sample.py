@@ -93,6 +93,16 @@ def test_any_size_and_dtype(device, dtype, vocab_size):
         check(logits, seed=11, **options)
 
 
+@pytest.mark.parametrize("vocab_size", [1000, 10_000])
+@pytest.mark.parametrize("top_p", [0.001, 0.003, 0.1, 0.3, 0.6, 0.7, 0.9, 0.999])
+def test_top_p_keeps_the_fewest_tokens_that_reach_p(device, vocab_size, top_p):
+    """Of equal tokens, exactly p times their number: though most such p have no exact fp32."""
+    logits = torch.zeros(1, vocab_size, device=device)
+    for p in (top_p, torch.tensor(top_p, device=device)):
+        sampled = check(logits, seed=1, top_p=p)
+        assert round(sampled.processed_logprobs.neg().exp().item(), 1) == round(top_p * vocab_size)
+
+
 def test_largest_vocabulary(device):
     logits = make_logits("normal", 1, 2**20, device)
     for options in ({"top_k": 50}, {"top_p": 0.9}, {}):
@@ -190,7 +200,7 @@ def exact_distribution(logits, *, temperature=1.0, top_k=None, top_p=None, min_p
         p[top_k:] = 0
         p /= p.sum()
     if top_p is not None:
-        p[p.cumsum(-1) - p >= top_p] = 0
+        p[p.cumsum(-1) - p >= top_p - 1e-9] = 0  # fp64 sums of equal tokens reach p with an error of their own
         p /= p.sum()
     if min_p is not None:
         p[p < min_p * p[0]] = 0
@@ -375,6 +385,8 @@ def test_both_devices_draw_the_same():
         for number, options in enumerate(OPTIONS):
             logits = make_logits("normal", 16, vocab_size, "cpu", DTYPES[number % 3])
             steps = torch.arange(16)
+            if "top_k" in options:
+                options = {**options, "top_k": min(options["top_k"], vocab_size)}
             on_cpu = kernels.sample(logits, seed=number, step=steps, **options)
             on_gpu = kernels.sample(logits.cuda(), seed=number, step=steps.cuda(), **options)
             assert torch.equal(on_cpu, on_gpu.cpu()), options
