@@ -1,13 +1,13 @@
 """Top-K, step 3: read the row once and keep it on the chip.
 
-Idea. The K rounds look at the same numbers: load them once, into the registers of the program's threads, and take what
-was found out of them there.
+Idea. The K rounds look at the same numbers: load them once, into the registers of the program's threads, and run the
+rounds over the registers.
 
-    key    = row, in registers                                   read from memory once
-    best_r = max of key,   then key[where it stood] = nothing    r = 0 .. K - 1
+    value = the row, in registers                                      read from memory once
+    (v_r, i_r) = the best pair after (v_(r-1), i_(r-1))                r = 0 .. K - 1, as before
 
 A streaming multiprocessor has 64 K registers of 4 bytes, so a row of 128256 does not fit, whatever one does. A long row
-is cut into pieces, each a program of its own, and the winners of the pieces, K each, are a shorter row: the same
+is cut into pieces, each a program of its own; the winners of the pieces, K each, are a shorter row, and the same
 kernel is launched over them, until one piece is left.
 
     row      [ piece 0 | piece 1 | piece 2 | ... ]     one program each
@@ -15,8 +15,8 @@ kernel is launched over them, until one piece is left.
              [ one piece, or again several ]
                  K                                     the answer
 
-What it costs. The same n K comparisons; n reads of 4 bytes in place of n K. And the pieces of one row are worked on by
-as many multiprocessors as there are pieces, where before a row had one.
+What it costs. The same n K comparisons; reads of 4 n bytes in place of 4 n K. What is left to wait for is arithmetic:
+about twelve operations for each element and round.
 """
 
 from collections.abc import Callable
@@ -26,55 +26,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.top_k.triton_select import blocks, ordered_key, power_of_2, value_of_key
+from kernels.steps.top_k_2_rounds import better, pairs_after
+from kernels.top_k.triton_select import blocks, power_of_2
 
 MAX_PIECE = 4096  # elements of one program: 32 registers of each of its threads
 NUM_WARPS = 4
-LAST_INDEX = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
 def k_maxima_of_piece(x, values, indices, n, row_stride, num_pieces, k, PIECE: tl.constexpr):
-    """One program, one piece of a row: its K largest, and where they stand in the row."""
+    """One program, one piece of a row: its K best pairs, and "nothing" where a last piece holds fewer than K."""
     row = (tl.program_id(0) // num_pieces).to(tl.int64)
     index = tl.program_id(0) % num_pieces * PIECE + tl.arange(0, PIECE)
-    loaded = tl.load(x + row * row_stride + index, mask=index < n, other=0.0)
-    key = tl.where(index < n, ordered_key(loaded), 0)  # [PIECE]
+    loaded = tl.load(x + row * row_stride + index, mask=index < n, other=0.0)  # [PIECE]
     place = tl.program_id(0).to(tl.int64) * k
+    found_value, found_index = tl.full((), float("inf"), tl.float32), tl.full((), -1, tl.int32)
     for rank in range(k):
-        best = tl.max(key)
-        best_index = tl.min(tl.where(key == best, index, LAST_INDEX))
-        value = tl.where(best == 0, float("-inf"), value_of_key(best))  # a last piece may hold fewer than K
-        tl.store(values + place + rank, value)
-        tl.store(indices + place + rank, best_index.to(tl.int64))
-        key = tl.where(index == best_index, 0, key)
+        pairs = pairs_after(loaded, index, found_value, found_index, index < n)
+        found_value, found_index = tl.reduce(pairs, 0, better)
+        tl.store(values + place + rank, found_value)
+        tl.store(indices + place + rank, found_index.to(tl.int64))
 
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """x (rows, n) fp32 -> values (rows, k), indices (rows, k) int64."""
-    return by_pieces(x, k, MAX_PIECE, k_maxima_of_pieces)
+    return by_pieces(x, k, k_maxima_of_piece, MAX_PIECE, NUM_WARPS)
 
 
-def k_maxima_of_pieces(x: Tensor, k: int, piece: int, num_pieces: int) -> tuple[Tensor, Tensor]:
-    """The K largest of each piece of each row, and where they stand in the row: (rows, num_pieces * k) both."""
+def by_pieces(x: Tensor, k: int, kernel: Callable, max_piece: int, num_warps: int) -> tuple[Tensor, Tensor]:
+    """Launch the kernel over the pieces, then over their winners, until a row is one piece.
+
+    Equal winners stand in the order of their indices, for pieces stand in order, and so do the winners of each: the
+    lower place among the winners is the lower index in the row. "Nothing" stands behind all that was in the row.
+    """
     rows, n = x.shape
+    piece = min(max_piece, power_of_2(n))
+    num_pieces = blocks(n, piece)
     values = x.new_empty((rows, num_pieces * k))
     indices = x.new_empty((rows, num_pieces * k), dtype=torch.int64)
     arguments = (x, values, indices, n, x.stride(0), num_pieces, k)
-    k_maxima_of_piece[(rows * num_pieces,)](*arguments, PIECE=piece, num_warps=NUM_WARPS)
-    return values, indices
-
-
-def by_pieces(x: Tensor, k: int, max_piece: int, launch: Callable) -> tuple[Tensor, Tensor]:
-    """Launch over the pieces, then over their winners, until a row is one piece.
-
-    Winners stand in the order of their pieces, and equal ones within a piece in the order of their places: the lower
-    place among the winners has the lower index in the row. Filler stands behind everything that was in the row.
-    """
-    piece = min(max_piece, power_of_2(x.shape[1]))
-    num_pieces = blocks(x.shape[1], piece)
-    values, indices = launch(x, k, piece, num_pieces)
+    kernel[(rows * num_pieces,)](*arguments, PIECE=piece, num_warps=num_warps)
     if num_pieces == 1:
         return values, indices
-    values, places = by_pieces(values, k, max_piece, launch)
+    values, places = by_pieces(values, k, kernel, max_piece, num_warps)
     return values, indices.gather(-1, places)
