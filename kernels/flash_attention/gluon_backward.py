@@ -505,7 +505,8 @@ def backward(
     dout and out (batch, num_heads, seqlen_q, head_dim); lse and dlse (batch, num_heads, seqlen_q) fp32.
     """
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if refusal({"q": q, "dout": dout}, softmax_scale, window_size, softcap):
+    like_q = dout.stride() == q.stride() and dout.data_ptr() % 16 == 0
+    if not like_q and refusal({"q": q, "dout": dout}, softmax_scale, window_size, softcap):
         dout = torch.empty_like(q).copy_(dout)  # its layout is autograd's choice, not the caller's
     dlse = None if dlse is None else dlse.contiguous()
     launch(dout, dlse, q, k, v, out, lse, dq, dk, dv, softmax_scale, causal, TILES[q.shape[-1], causal])
