@@ -6,7 +6,13 @@ Knows matplotlib, where it is installed; knows nothing of what is drawn.
 import pathlib
 from typing import Any
 
-RED, BLUE, GRAY, INK = "#c8374b", "#00708a", "#8a8f98", "#1c2128"  # told apart in every kind of colour blindness
+RED, BLUE, LIGHT_BLUE, GRAY, INK = (
+    "#c8374b",
+    "#00708a",
+    "#7fb3bf",
+    "#7d838c",
+    "#1c2128",
+)  # told apart in every kind of colour blindness
 _CARD = "#fbfbf9"
 
 

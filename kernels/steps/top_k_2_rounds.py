@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernels.top_k.triton_select import power_of_2
 
-MAX_BLOCK = 8192  # elements that a program looks at between two steps of its loop
+MAX_BLOCK = 4096  # elements that a program looks at between two steps of its loop
 LAST_INDEX = tl.constexpr(0x7FFFFFFF)  # of "nothing", which has value -inf: worse than any pair of the row
 
 
@@ -69,6 +69,6 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows, n = x.shape
     values, indices = x.new_empty((rows, k)), x.new_empty((rows, k), dtype=torch.int64)
     block = min(MAX_BLOCK, power_of_2(n))
-    num_warps = max(4, min(16, block // 512))  # 4, as Triton has it unless told otherwise, where the row is short
+    num_warps = max(4, min(16, block // 256))  # 4, as Triton has it unless told otherwise, where the row is short
     k_maxima[(rows,)](x, values, indices, n, x.stride(0), k, BLOCK=block, num_warps=num_warps)
     return values, indices

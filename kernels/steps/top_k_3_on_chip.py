@@ -19,7 +19,7 @@ What it costs. The same n K comparisons; reads of 4 n bytes in place of 4 n K. W
 about twelve operations for each element and round.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -53,7 +53,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return by_pieces(x, k, k_maxima_of_piece, MAX_PIECE, NUM_WARPS)
 
 
-def by_pieces(x: Tensor, k: int, kernel: Callable, max_piece: int, num_warps: int) -> tuple[Tensor, Tensor]:
+def by_pieces(x: Tensor, k: int, kernel: Any, max_piece: int, num_warps: int) -> tuple[Tensor, Tensor]:
     """Launch the kernel over the pieces, then over their winners, until a row is one piece.
 
     Equal winners stand in the order of their indices, for pieces stand in order, and so do the winners of each: the

@@ -65,8 +65,8 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if n <= top_k_5_redux.MAX_PIECE or num_groups < k:
         return top_k_5_redux.top_k(x, k)
     maxima = x.new_empty((rows, num_groups))
-    arguments = (x, maxima, n, x.stride(0), num_groups, num_chunks)
-    group_maxima[(rows * num_chunks,)](*arguments, GROUP=GROUP, CHUNK=CHUNK, num_warps=NUM_WARPS)
+    sizes = (n, x.stride(0), num_groups, num_chunks)
+    group_maxima[(rows * num_chunks,)](x, maxima, *sizes, GROUP=GROUP, CHUNK=CHUNK, num_warps=NUM_WARPS)
     _, chosen = top_k_5_redux.top_k(maxima, k)  # (rows, k)
     values, indices = x.new_empty((rows, k)), x.new_empty((rows, k), dtype=torch.int64)
     arguments = (x, chosen, values, indices, n, x.stride(0), k)
