@@ -252,13 +252,19 @@ def _bench_device(rest: list[str]) -> str:
 
 
 def _add_info(jobs) -> None:
-    _add_job(jobs, "info", _info, "What kernels are bound on this machine, for which device, and why.")
+    job = _add_job(jobs, "info", _info, "What kernels are bound on this machine, for which device, and why.")
+    job.add_argument("--ptx", action="store_true", help="show the telling instructions of each step of the ladders")
+    job.add_argument("--capability", type=int, default=90, help="with --ptx: the GPU to compile for; 90 is an H200")
 
 
 def _info(options: argparse.Namespace) -> None:
     from toy_lm import info
 
-    print(info.describe())
+    if not options.ptx:
+        print(info.describe())
+        return
+    for line in info.describe_steps(options.capability):
+        print(line, flush=True)
 
 
 def _add_self_test(jobs) -> None:

@@ -1,11 +1,14 @@
 """What this machine offers and what is bound to it: the first thing to read, and to paste into a report.
 
-Knows versions, devices and `kernels.load`; knows nothing of models.
+`describe_steps` shows what the compiler makes of the steps of both ladders, for a GPU that need not be there.
+
+Knows versions, devices, `kernels.load` and the steps; knows nothing of models.
 """
 
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
 
 import torch
 
@@ -13,6 +16,7 @@ import kernels
 from kernels.load import cache_folder
 
 _PACKAGES = ("torch", "triton", "tokenizers", "safetensors", "numpy", "matplotlib")
+_CAPABILITIES = (80, 89, 90, 100, 120)
 _VARIABLES = (
     "TOY_LM_KERNELS",
     "TOY_LM_CPU_CAPABILITY",
@@ -38,6 +42,35 @@ def describe() -> str:
     else:
         lines.append(f"cuda: {_why_no_cuda()}")
     return "\n".join(lines)
+
+
+def describe_steps(capability: int = 90) -> Iterator[str]:
+    """The telling instructions of each step's kernels, line by line, compiled for a compute capability.
+
+    Raises ValueError where there is no Triton, or where it cannot compile for that capability.
+    """
+    if capability not in _CAPABILITIES:
+        allowed = ", ".join(map(str, _CAPABILITIES))
+        raise ValueError(f"capability: got {capability}, needs one of {allowed}")
+    if _version("triton") == "not installed":
+        raise ValueError("--ptx: needs Triton, which is made for Linux on x86-64; it is not installed")
+    from kernels import steps
+    from kernels.steps import ahead
+
+    yield f"compiled for sm_{capability} by Triton {_version('triton')}: how often each instruction stands in the code"
+    device = torch.device("cuda")
+    for ladder, of_device in (("attention", steps.attention_steps), ("top-K", steps.top_k_steps)):
+        for step in of_device(device):
+            yield f"\n{ladder} {step.number}. {step.name}: {step.idea}"
+            made = [ahead.compile_ahead(one, capability) for one in step.kernels()]
+            if not made:
+                yield "  (torch's own kernels)"
+            for one in made:
+                yield (
+                    f"  {one.name}: num_warps {one.num_warps}, {one.registers} registers a thread, "
+                    f"{one.spilled_bytes} bytes spilled, {one.shared_bytes:,} bytes of shared memory"
+                )
+                yield "    " + ", ".join(f"{number} x {name}" for name, number in one.instructions.items())
 
 
 def _version(package: str) -> str:
