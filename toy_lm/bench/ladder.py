@@ -49,7 +49,8 @@ class Rung:
     seconds: float | None  # None: it does not run here, and `note` says why
     bytes_moved: float | None = None  # of a peer they are not known
     gain: float | None = None  # times as fast as the step before
-    predicted_gain: float | None = None
+    predicted_gain: float | None = None  # said beforehand, for the first size alone
+    why: str = ""  # it was predicted
     note: str = ""
 
 
@@ -140,6 +141,7 @@ def measure_rungs(
     sizes: tuple[int, ...],
     device: torch.device,
     milliseconds: float,
+    is_headline: bool = True,
 ) -> list[Rung]:
     """Time the steps that run here and the peers; steps first."""
     reasons = {step.number: step.needs(device) or step.applies(*sizes) for step in ladder}
@@ -156,7 +158,8 @@ def measure_rungs(
                 seconds=taken,
                 bytes_moved=step.bytes_moved(*sizes) if taken else None,
                 gain=before / taken if before and taken else None,
-                predicted_gain=step.predicted_gain if taken else None,
+                predicted_gain=step.predicted_gain if is_headline else None,
+                why=step.why if is_headline else "",
                 note=reasons[step.number] or "",
             )
         )
@@ -198,7 +201,7 @@ def top_k_ladders(device: torch.device, milliseconds: float, ceilings: Mapping[s
         x = torch.randn(rows, n, device=device)
         floor = (x.nbytes + 12 * rows * k) / ceilings["memory"]  # a value of 4 bytes and an index of 8 for each of K
         peers = {"torch.topk": functools.partial(torch.topk, x, k)}
-        rungs = measure_rungs(steps.top_k_steps(device), peers, (x, k), (rows, n, k), device, milliseconds)
+        rungs = measure_rungs(steps.top_k_steps(device), peers, (x, k), (rows, n, k), device, milliseconds, not ladders)
         size = f"{rows} x {n}, K = {k}, float32"
         ladders.append(Ladder(ladder="top-K", size=size, flops=0.0, floor=floor, rungs=rungs))
     return ladders
@@ -234,8 +237,9 @@ def table(ladder: Ladder) -> str:
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     rows = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    notes = [f"{rung.name}: {rung.note}" for rung in ladder.rungs if rung.note]
-    return "\n".join([f"{ladder.ladder}: {ladder.size}; floor {duration(ladder.floor)}", "", *rows, *notes])
+    notes = [f"{rung.number}. does not run: {rung.note}" for rung in ladder.rungs if rung.note]
+    whys = [f"{rung.number}. predicted: {rung.why}" for rung in ladder.rungs if rung.predicted_gain]
+    return "\n".join([f"{ladder.ladder}: {ladder.size}; floor {duration(ladder.floor)}", "", *rows, "", *whys, *notes])
 
 
 def duration(seconds: float) -> str:
