@@ -1,8 +1,8 @@
 """What the compiler makes of a step: its kernels compiled for a GPU that need not be there, and their instructions.
 
 PTX is the assembly language of NVIDIA's GPUs, one step above what the card runs. A step's idea can be seen in it:
-whether the matrix unit is used (`mma.sync`, `wgmma`), how data comes from memory (`ld.global` and its width, `cp.async`,
-the tensor memory accelerator), how threads talk to one another (`shfl`, `redux`, `bar.sync`).
+whether the matrix unit is used (`mma.sync`, `wgmma`), how data comes from memory (`ld.global` and its width,
+`cp.async`, the tensor memory accelerator), how threads talk to one another (`shfl`, `redux`, `bar.sync`).
 """
 
 import dataclasses
