@@ -13,7 +13,7 @@ RED, BLUE, LIGHT_BLUE, GRAY, INK = (
     "#7d838c",
     "#1c2128",
 )  # told apart in every kind of colour blindness
-_CARD = "#fbfbf9"
+CARD = "#fbfbf9"
 
 
 def new_figure(width: float, height: float) -> Any | None:
@@ -23,14 +23,14 @@ def new_figure(width: float, height: float) -> Any | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=_CARD, edgecolor=GRAY, linewidth=1)
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=CARD, edgecolor=GRAY, linewidth=1)
     FigureCanvasAgg(figure)
     return figure
 
 
 def clean(axes: Any) -> None:
     """Take away what is not data: the card shows through, the frame is left and below alone."""
-    axes.set_facecolor(_CARD)
+    axes.set_facecolor(CARD)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)

@@ -44,8 +44,10 @@ def _no_flops(rows: int, n: int, k: int) -> float:
 
 
 def _sort_bytes(rows: int, n: int, k: int) -> float:
-    """A radix sort with digits of 8 bits: four passes over number and index, in and out, and over the digits."""
-    return rows * n * (4 * (2 * _PAIR + 4))
+    """Short rows are sorted on the chip; else a radix sort with digits of 8 bits, four passes: number and index in and
+    out, and once before that the numbers, to count their digits.
+    """
+    return rows * n * (4 + _PAIR if n <= 4096 else 4 * (2 * _PAIR + 4))
 
 
 def _rounds_bytes(rows: int, n: int, k: int) -> float:

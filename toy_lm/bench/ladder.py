@@ -1,7 +1,7 @@
 """How the kernels got fast: every step of both ladders beside its peers, in one process: tables, ladder.json, pictures.
 
     attention   kernels.steps.attention_steps, forward, causal    peers: what torch has
-    top-k       kernels.steps.top_k_steps                         peer: torch.topk
+    top-K       kernels.steps.top_k_steps                         peer: torch.topk; torch.max: one read of the rows
 
 The machine's two ceilings are measured in the same run: the rate of a large matrix product, and the bandwidth of a
 large copy (on a CPU: of reading). The floor of a size is the longer of two times: its operations at that rate, and its
@@ -200,7 +200,10 @@ def top_k_ladders(device: torch.device, milliseconds: float, ceilings: Mapping[s
     for rows, n, k in TOP_K_SIZES[device.type]:
         x = torch.randn(rows, n, device=device)
         floor = (x.nbytes + 12 * rows * k) / ceilings["memory"]  # a value of 4 bytes and an index of 8 for each of K
-        peers = {"torch.topk": functools.partial(torch.topk, x, k)}
+        peers = {
+            "torch.topk": functools.partial(torch.topk, x, k),
+            "torch.max": functools.partial(torch.max, x, dim=-1),  # what reading the rows once costs in practice
+        }
         rungs = measure_rungs(steps.top_k_steps(device), peers, (x, k), (rows, n, k), device, milliseconds, not ladders)
         size = f"{rows} x {n}, K = {k}, float32"
         ladders.append(Ladder(ladder="top-K", size=size, flops=0.0, floor=floor, rungs=rungs))
@@ -276,7 +279,8 @@ def _draw(panel, ladder: Ladder) -> None:
         color = picture.BLUE if rung is shown[-1] else picture.LIGHT_BLUE
         panel.barh(place, rung.seconds - left, left=left, height=0.66, color=color)
         gain = "" if rung.gain is None else f"   {times(rung.gain)}"
-        panel.text(1.04 * rung.seconds, place, f"{duration(rung.seconds)}{gain}", va="center", color=picture.INK)
+        label = panel.text(1.05 * rung.seconds, place, f"{duration(rung.seconds)}{gain}", va="center")
+        label.set(color=picture.INK, bbox={"facecolor": picture.CARD, "edgecolor": "none", "pad": 1})
     lines = [(ladder.floor, "floor", picture.GRAY, "-")] + [(*peer, picture.RED, "--") for peer in peers]
     for level, (seconds, name, color, style) in enumerate(lines):
         height = top - 0.55 * max(0, level - 1)  # the floor and the fastest peer have room beside each other
