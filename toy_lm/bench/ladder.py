@@ -256,7 +256,7 @@ def plot(path: pathlib.Path, ladders: Sequence[Ladder]) -> str:
     drawn = [ladder for ladder in ladders if any(rung.seconds for rung in ladder.rungs)]
     if not drawn:
         return f"no {path.name}: nothing was measured"
-    heights = [1.6 + 0.42 * sum(rung.number is not None for rung in ladder.rungs) for ladder in drawn]
+    heights = [1.5 + sum(0.42 if rung.number is not None else 0.25 for rung in ladder.rungs) for ladder in drawn]
     figure = picture.new_figure(10, sum(heights))
     if figure is None:
         return picture.save(None, path)
@@ -267,6 +267,9 @@ def plot(path: pathlib.Path, ladders: Sequence[Ladder]) -> str:
     return picture.save(figure, path)
 
 
+BEHIND_TEXT = {"facecolor": picture.CARD, "edgecolor": "none", "pad": 1}  # so that no line strikes it out
+
+
 def _draw(panel, ladder: Ladder) -> None:
     shown = [rung for rung in ladder.rungs if rung.number is not None]
     peers = sorted((rung.seconds, rung.name) for rung in ladder.rungs if rung.number is None and rung.seconds)
@@ -274,22 +277,23 @@ def _draw(panel, ladder: Ladder) -> None:
     left, top = 0.6 * min(ladder.floor, *taken), -0.62
     for place, rung in enumerate(shown):
         if rung.seconds is None:
-            panel.text(1.05 * left, place, f"does not run: {rung.note}", va="center", color=picture.GRAY)
+            label = panel.text(1.05 * left, place, f"does not run: {rung.note}", va="center", color=picture.GRAY)
+            label.set_bbox(BEHIND_TEXT)
             continue
         color = picture.BLUE if rung is shown[-1] else picture.LIGHT_BLUE
         panel.barh(place, rung.seconds - left, left=left, height=0.66, color=color)
         gain = "" if rung.gain is None else f"   {times(rung.gain)}"
         label = panel.text(1.05 * rung.seconds, place, f"{duration(rung.seconds)}{gain}", va="center")
-        label.set(color=picture.INK, bbox={"facecolor": picture.CARD, "edgecolor": "none", "pad": 1})
+        label.set(color=picture.INK, bbox=BEHIND_TEXT)
     lines = [(ladder.floor, "floor", picture.GRAY, "-")] + [(*peer, picture.RED, "--") for peer in peers]
     for level, (seconds, name, color, style) in enumerate(lines):
-        height = top - 0.55 * max(0, level - 1)  # the floor and the fastest peer have room beside each other
         panel.axvline(seconds, color=color, linewidth=1.6, linestyle=style)
-        panel.text(1.02 * seconds, height, f"{name}, {duration(seconds)}", color=color, va="bottom")
+        label = panel.text(1.03 * seconds, top - 0.55 * level, f"{name}, {duration(seconds)}", color=color, va="bottom")
+        label.set_bbox(BEHIND_TEXT)
     panel.set_yticks(range(len(shown)), [f"{rung.number}. {rung.name}" for rung in shown])
     panel.set_xscale("log")
     panel.set_xlim(left, 4.0 * max(taken))
-    panel.set_ylim(len(shown) - 0.5, top - 0.55 * max(1, len(peers)) - 0.1)
+    panel.set_ylim(len(shown) - 0.5, top - 0.55 * len(lines) - 0.1)
     panel.set_xlabel("time, on a logarithmic scale")
     panel.set_title(f"{ladder.ladder}: {ladder.size}", fontweight="bold", loc="left")
     picture.clean(panel)
