@@ -199,7 +199,7 @@ def launch(
 
     if not again(key, tensors):
         launch_with_fitting_tile(run, DECODE, q, True, tile)
-    if num_splits > 1:
+    if lse is not None:
         combine(target, lse, out, key)
 
 
