@@ -46,6 +46,20 @@ def _stream(x_ptr, parts_ptr, rows, columns, mask, batch, dim: tl.constexpr, num
 
 
 @triton.jit
+def _product(x, w):
+    """x [rows, BLOCK_K] times the transpose of w [columns, BLOCK_K]: fp32, in the matrix units where w is not fp32.
+
+    In fp32 the products of a tile are added up in a tree, which rounds less than a chain does. (As `tl.dot` they would
+    be a chain, and the compiler would hang each tile's chain onto the one before: model_dim additions in a row.)
+    """
+    if w.dtype == tl.float32:
+        product = tl.sum(x[:, None, :] * w[None, :, :], axis=2)
+    else:
+        product = tl.dot(x, tl.trans(w))
+    return product
+
+
+@triton.jit
 def _rotated(first, second, squares, scale_ptr, cos, sin, eps, offs, inside, HEAD_DIM: tl.constexpr):
     """Both halves of a head's rows [BLOCK_B, HALF]: normalised, scaled, turned by their angles."""
     factor = (1.0 / tl.sqrt_rn(squares / HEAD_DIM + eps))[:, None]
@@ -106,11 +120,11 @@ def _qkv(
         squares += tl.sum(x * x, axis=1)
         scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0)
         scaled = (x * scale.to(tl.float32)[None, :]).to(w_ptr.dtype.element_ty)
-        w_at = w_ptr + (head * HEAD_DIM + offs)[None, :] * dim + columns[:, None]  # [BLOCK_K, HALF]
-        w_mask = (columns < dim)[:, None] & inside[None, :]
-        first += tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), input_precision="ieee")
+        w_at = w_ptr + (head * HEAD_DIM + offs)[:, None] * dim + columns[None, :]  # [HALF, BLOCK_K]
+        w_mask = inside[:, None] & (columns < dim)[None, :]
+        first += _product(scaled, tl.load(w_at, mask=w_mask, other=0.0))
         w_at += HEAD_DIM // 2 * dim
-        second += tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), input_precision="ieee")
+        second += _product(scaled, tl.load(w_at, mask=w_mask, other=0.0))
     factor = (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
     first, second = first * factor, second * factor
 
@@ -219,11 +233,11 @@ def _gate_up(
         squares += tl.sum(x * x, axis=1)
         scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0)
         scaled = (x * scale.to(tl.float32)[None, :]).to(w_ptr.dtype.element_ty)
-        w_at = w_ptr + n[None, :] * dim + columns[:, None]  # [BLOCK_K, BLOCK_N]
-        w_mask = (columns < dim)[:, None] & (n < mlp_dim)[None, :]
-        gate += tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), input_precision="ieee")
+        w_at = w_ptr + n[:, None] * dim + columns[None, :]  # [BLOCK_N, BLOCK_K]
+        w_mask = (n < mlp_dim)[:, None] & (columns < dim)[None, :]
+        gate += _product(scaled, tl.load(w_at, mask=w_mask, other=0.0))
         w_at += mlp_dim * dim
-        up += tl.dot(scaled, tl.load(w_at, mask=w_mask, other=0.0), input_precision="ieee")
+        up += _product(scaled, tl.load(w_at, mask=w_mask, other=0.0))
     factor = (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
     gate, up = gate * factor, up * factor
     hidden = gate * tl.sigmoid(gate) * up
@@ -257,9 +271,9 @@ def _down(
             mask=(rows < batch)[:, None] & (columns < mlp_dim)[None, :],
             other=0.0,
         )
-        w_at = w_ptr + n[None, :] * mlp_dim + columns[:, None]  # [BLOCK_K, BLOCK_N]
-        w = tl.load(w_at, mask=(columns < mlp_dim)[:, None] & (n < dim)[None, :], other=0.0)
-        acc += tl.dot(hidden, w, input_precision="ieee")
+        w_at = w_ptr + n[:, None] * mlp_dim + columns[None, :]  # [BLOCK_N, BLOCK_K]
+        w = tl.load(w_at, mask=(n < dim)[:, None] & (columns < mlp_dim)[None, :], other=0.0)
+        acc += _product(hidden, w)
     tl.store(x_ptr + rows[:, None] * dim + n[None, :], acc, mask=mask)
 
 
@@ -292,9 +306,9 @@ def _head(
         squares += tl.sum(x * x, axis=1)
         scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0)
         scaled = (x * scale.to(tl.float32)[None, :]).to(w_ptr.dtype.element_ty)
-        w_at = w_ptr + n[None, :].to(tl.int64) * dim + columns[:, None]
-        w = tl.load(w_at, mask=(columns < dim)[:, None] & (n < vocab_size)[None, :], other=0.0)
-        acc += tl.dot(scaled, w, input_precision="ieee")
+        w_at = w_ptr + n[:, None].to(tl.int64) * dim + columns[None, :]
+        w = tl.load(w_at, mask=(n < vocab_size)[:, None] & (columns < dim)[None, :], other=0.0)
+        acc += _product(scaled, w)
     acc *= (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
     at = logits_ptr + rows[:, None].to(tl.int64) * vocab_size + n[None, :]
     tl.store(at, acc, mask=(rows < batch)[:, None] & (n < vocab_size)[None, :])
@@ -331,7 +345,6 @@ def decode_step(
 
     overlap = _can_overlap(embedding.device)
     shared = {"OVERLAP": overlap, "num_warps": 4, **({"launch_pdl": True} if overlap else {})}
-    # In fp32 a product is a chain of additions: chains of 32 that are added up round less than one of model_dim.
     block_k = min(32 if embedding.dtype == torch.float32 else 128, max(16, triton.next_power_of_2(dim)))
     batches = triton.cdiv(batch, BLOCK_B)
     product = {"BLOCK_K": block_k, "num_stages": 4, **shared}
