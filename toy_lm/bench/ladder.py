@@ -196,11 +196,11 @@ def attention_peers(device: torch.device, seqlen: int) -> dict[str, Callable]:
 
 def top_k_ladders(device: torch.device, milliseconds: float, ceilings: Mapping[str, float]) -> list[Ladder]:
     """Top-K of fp32 rows, at a model's size and at the recipe's."""
-    ladders = []
+    ladders: list[Ladder] = []
     for rows, n, k in TOP_K_SIZES[device.type]:
         x = torch.randn(rows, n, device=device)
         floor = (x.nbytes + 12 * rows * k) / ceilings["memory"]  # a value of 4 bytes and an index of 8 for each of K
-        peers = {
+        peers: dict[str, Callable[[], object]] = {
             "torch.topk": functools.partial(torch.topk, x, k),
             "torch.max": functools.partial(torch.max, x, dim=-1),  # what reading the rows once costs in practice
         }
