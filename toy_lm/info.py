@@ -62,10 +62,14 @@ def describe_steps(capability: int = 90) -> Iterator[str]:
     for ladder, of_device in (("attention", steps.attention_steps), ("top-K", steps.top_k_steps)):
         for step in of_device(device):
             yield f"\n{ladder} {step.number}. {step.name}: {step.idea}"
-            made = [ahead.compile_ahead(one, capability) for one in step.kernels()]
-            if not made:
+            compilations = step.kernels()
+            if not compilations:
                 yield "  (torch's own kernels)"
-            for one in made:
+            for compilation in compilations:
+                if compilation.capability not in (None, divmod(capability, 10)):
+                    yield f"  made for compute capability {'.'.join(map(str, compilation.capability))} alone"
+                    continue
+                one = ahead.compile_ahead(compilation, capability)
                 yield (
                     f"  {one.name}: num_warps {one.num_warps}, {one.registers} registers a thread, "
                     f"{one.spilled_bytes} bytes spilled, {one.shared_bytes:,} bytes of shared memory"

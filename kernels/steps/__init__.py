@@ -23,6 +23,7 @@ class Compilation:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    capability: tuple[int, int] | None = None  # the only compute capability that it is made for; None: any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

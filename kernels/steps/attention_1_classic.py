@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_M, BLOCK_N, NUM_WARPS = 64, 64, 4
+BLOCK_M, BLOCK_N, NUM_WARPS = 64, 64, 8
 SLICE = 32  # of what a product sums over, taken at a time: threads hold their operands in registers
 
 
@@ -96,6 +96,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
     scores[(blocks_m, blocks_n, pairs)](
         q, k, s, seqlen, head_dim**-0.5, causal, head_dim, BLOCK_M, BLOCK_N, min(SLICE, head_dim), **options
     )
-    softmax[(pairs * seqlen,)](s, seqlen, triton.next_power_of_2(seqlen), num_warps=4)
+    softmax[(pairs * seqlen,)](s, seqlen, triton.next_power_of_2(seqlen), **options)
     values[(blocks_m, pairs)](s, v, out, seqlen, head_dim, BLOCK_M, SLICE, **options)
     return out
