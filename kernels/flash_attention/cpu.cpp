@@ -994,133 +994,241 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
   });
 }
 
-// Decoding: few queries, so that the cache is read once and every vector lies along head_dim.
+// Decoding: few queries, so that the cache is read once and every vector lies along head_dim. In fp32 throughout.
+//
+// A row of the cache, of type T, is read two vectors at a time, in the order of its elements that T gives most cheaply:
+//
+//   float      x = elements 0 .. W - 1       y = elements W .. 2 W - 1
+//   BFloat16   x = the even ones             y = the odd ones, each the upper half of a float
+//
+// Queries are brought into the same order first, and the result back from it last.
 
-template <class A>
-struct DecodeBuffers {
-  Buffer<A> q, k, v, s;
+constexpr int64_t kPair = 2 * kWidth<float>;
+
+struct Pair {
+  Vec<float> x, y;
 };
 
-// Rows of a cache in A with head_dim along vectors: in place if they are so already, else a copy in `scratch`.
-template <class A>
-const A* vector_rows(const Matrix& matrix, int64_t first_row, int64_t rows, int64_t dims, Buffer<A>& scratch,
-                     int64_t* stride) {
-  const bool same = matrix.dtype == ScalarType::Double || (matrix.dtype == ScalarType::Float && sizeof(A) == 4);
-  const int64_t padded = round_up(dims, kWidth<A>);
-  *stride = same && padded == dims && matrix.dim_stride == 1 ? matrix.row_stride : padded;
-  if (same && padded == dims && matrix.dim_stride == 1) return matrix.row<A>(first_row);
-  A* copy = scratch.at_least(kBlockN * padded);
-  read_rows(matrix.from(first_row), rows, dims, copy, padded, rows);
-  return copy;
+inline Pair load_pair(const float* p) { return {load(p), load(p + kWidth<float>)}; }
+
+inline Pair load_pair(const BFloat16* p) {
+  const Vec<uint32_t> both = load(reinterpret_cast<const uint32_t*>(p));
+  return {(Vec<float>)(both << 16), (Vec<float>)(both & 0xffff0000u)};
 }
 
-// The products of one query with the keys first to first + W - 1 of a block, of which `keys` exist.
-template <class A>
-Vec<A> dot_rows(const A* q, const A* k, int64_t k_stride, int64_t first, int64_t keys, int64_t padded_dim) {
-  constexpr int W = kWidth<A>;
-  Vec<A> sums[W] = {};
-  const A* row[W];
-  for (int i = 0; i < W; ++i) row[i] = k + std::min(first + i, keys - 1) * k_stride;
-  for (int64_t d = 0; d < padded_dim; d += W) {
-    const Vec<A> q_d = load(q + d);
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) sums[i] += q_d * load(row[i] + d);
-  }
-  return sum_rows<A, 1>(sums);
+// Where the element that stands at `i` in pairs stands in a row.
+template <class T>
+int64_t place_in_row(int64_t i) {
+  if constexpr (std::is_same_v<T, float>) return i;
+  const int64_t lane = i % kPair;
+  return i - lane + (lane < kWidth<float> ? 2 * lane : 2 * (lane - kWidth<float>)+1);
 }
+
+// s[r][n] = q_r . k_n for kRows queries and `keys` keys. q [rows][padded_dim] in the order of pairs; s [rows][kBlockN]
+template <int kRows, class T>
+TOY_LM_NOINLINE void decode_scores(const float* q, int64_t padded_dim, const T* k, int64_t k_stride, int64_t keys,
+                                   float* s) {
+  constexpr int W = kWidth<float>, kKeys = W / kRows;
+  for (int64_t n = 0; n < keys; n += kKeys) {
+    Vec<float> sums[W] = {};
+    const T* row[kKeys];
+    for (int i = 0; i < kKeys; ++i) row[i] = k + std::min(n + i, keys - 1) * k_stride;
+    for (int64_t d = 0; d < padded_dim; d += kPair) {
+      Pair q_d[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) q_d[r] = {load(q + r * padded_dim + d), load(q + r * padded_dim + d + W)};
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeys; ++i) {
+        const Pair k_d = load_pair(row[i] + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sums[r * kKeys + i] += q_d[r].x * k_d.x;
+          sums[r * kKeys + i] += q_d[r].y * k_d.y;
+        }
+      }
+    }
+    const Vec<float> scores = sum_rows<float, 1>(sums);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+      std::memcpy(s + r * kBlockN + n, reinterpret_cast<const float*>(&scores) + r * kKeys, kKeys * sizeof(float));
+  }
+}
+
+// acc_r = alpha_r acc_r + sum_n p[r][n] v_n for kRows queries and kPairs pairs of columns. p [rows][kBlockN]
+template <int kRows, int kPairs, class T>
+inline void decode_values_tile(const float* p, const float* alpha, const T* v, int64_t v_stride, int64_t keys,
+                               float* acc, int64_t padded_dim) {
+  constexpr int W = kWidth<float>;
+  Pair sums[kRows][kPairs];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < kPairs; ++j) {
+      const float* at = acc + r * padded_dim + j * kPair;
+      sums[r][j] = {load(at) * alpha[r], load(at + W) * alpha[r]};
+    }
+  for (int64_t n = 0; n < keys; ++n) {
+    Pair v_n[kPairs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPairs; ++j) v_n[j] = load_pair(v + n * v_stride + j * kPair);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<float> p_n = broadcast(p[r * kBlockN + n]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kPairs; ++j) {
+        sums[r][j].x += p_n * v_n[j].x;
+        sums[r][j].y += p_n * v_n[j].y;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < kPairs; ++j) {
+      store(acc + r * padded_dim + j * kPair, sums[r][j].x);
+      store(acc + r * padded_dim + j * kPair + W, sums[r][j].y);
+    }
+}
+
+template <int kRows, class T>
+TOY_LM_NOINLINE void decode_values(const float* p, const float* alpha, const T* v, int64_t v_stride, int64_t keys,
+                                   float* acc, int64_t padded_dim) {
+  constexpr int kPairs = kRegisters == 32 ? 8 / std::max(kRows, 2) : 2;  // as many sums as registers hold
+  int64_t d = 0;
+  for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair)
+    decode_values_tile<kRows, kPairs>(p, alpha, v + d, v_stride, keys, acc + d, padded_dim);
+  for (; d < padded_dim; d += kPair) decode_values_tile<kRows, 1>(p, alpha, v + d, v_stride, keys, acc + d, padded_dim);
+}
+
+// Calls f(row, number of rows as a constant) for rows 0 to rows - 1, several at once.
+template <class F>
+void for_row_groups(int64_t rows, const F& f) {
+  constexpr int kMost = kRegisters == 32 ? 4 : 2;
+  int64_t r = 0;
+  for (; r + kMost <= rows; r += kMost) f(r, std::integral_constant<int, kMost>());
+  for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
+}
+
+struct DecodeBuffers {
+  Buffer<float> q, k, v, s;
+};
 
 // The softmax of one row of scores against what came before; s [kBlockN] becomes p. Returns the factor for older
 // results.
-template <class A>
-A online_softmax_row(A* s, A factor, A* row_max, A* row_sum) {
-  constexpr A kHidden = -std::numeric_limits<A>::infinity();
-  constexpr int W = kWidth<A>;
-  const A old_max = *row_max;
-  Vec<A> maxima = broadcast(old_max);
-  for (int64_t i = 0; i < kBlockN; i += W) maxima = max<A>(load(s + i), maxima);
-  const A new_max = max_lanes<A>(maxima);
-  const A shift = new_max == kHidden ? A{0} : new_max * factor;
-  Vec<A> sums{};
+inline float online_softmax_row(float* s, float factor, float* row_max, float* row_sum) {
+  constexpr float kHidden = -std::numeric_limits<float>::infinity();
+  constexpr int W = kWidth<float>;
+  const float old_max = *row_max;
+  Vec<float> maxima = broadcast(old_max);
+  for (int64_t i = 0; i < kBlockN; i += W) maxima = max<float>(load(s + i), maxima);
+  const float new_max = max_lanes<float>(maxima);
+  const float shift = new_max == kHidden ? 0.0f : new_max * factor;
+  Vec<float> sums{};
   for (int64_t i = 0; i < kBlockN; i += W) {
-    const Vec<A> p = exp2(load(s + i) * factor - shift);
+    const Vec<float> p = exp2(load(s + i) * factor - shift);
     store(s + i, p);
     sums += p;
   }
-  const A alpha = new_max == old_max ? A{1} : exp2(broadcast(old_max * factor - shift))[0];
+  const float alpha = new_max == old_max ? 1.0f : exp2(broadcast(old_max * factor - shift))[0];
   *row_max = new_max;
-  *row_sum = *row_sum * alpha + sum_lanes<A>(sums);
+  *row_sum = *row_sum * alpha + sum_lanes<float>(sums);
   return alpha;
+}
+
+// Can rows of a cache be read as they lie?
+template <class T>
+bool pairs_in_place(const Matrix& matrix, int64_t head_dim) {
+  constexpr ScalarType dtype = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::BFloat16;
+  return matrix.dtype == dtype && matrix.dim_stride == 1 && head_dim % kPair == 0;
+}
+
+// `rows` rows of a cache as T, where they lie or as a copy in `scratch`, zero beyond head_dim.
+template <class T>
+const T* cache_rows(const Matrix& matrix, int64_t first, int64_t rows, int64_t head_dim, Buffer<float>& scratch,
+                    int64_t* stride) {
+  *stride = matrix.row_stride;
+  if constexpr (std::is_same_v<T, float>)
+    if (!pairs_in_place<float>(matrix, head_dim)) {
+      *stride = round_up(head_dim, kPair);
+      float* copy = scratch.at_least(kBlockN * *stride);
+      read_rows(matrix.from(first), rows, head_dim, copy, *stride, rows);
+      return copy;
+    }
+  return matrix.row<T>(first);
 }
 
 // The queries of the heads that share a key head, over keys [key_begin, key_end): acc [rows][padded_dim], not yet
 // divided by row_sum, and row_max, row_sum [rows]. Row r is query r % seqlen_q of head r / seqlen_q of the group.
-template <class A>
+template <class T>
 void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_head, int64_t key_begin, int64_t key_end,
-                  const Heads& q, const Matrix& k, const Matrix& v, A* acc, A* row_max, A* row_sum) {
-  thread_local DecodeBuffers<A> buffers;
-  constexpr int W = kWidth<A>;
-  const int64_t head_dim = problem.head_dim, padded_dim = round_up(head_dim, W), groups = problem.groups();
+                  const Heads& q, const Matrix& k, const Matrix& v, float* acc, float* row_max, float* row_sum) {
+  thread_local DecodeBuffers buffers;
+  constexpr float kHidden = -std::numeric_limits<float>::infinity();
+  constexpr int W = kWidth<float>;
+  const int64_t head_dim = problem.head_dim, padded_dim = round_up(head_dim, kPair), groups = problem.groups();
   const int64_t seqlen_q = sequence.seqlen_q, rows = groups * seqlen_q;
   const Visible visible(problem.options, sequence);
-  const Scores<A> scores(problem.options);
-  A* q_rows = buffers.q.at_least(rows * padded_dim);
-  A* s = buffers.s.at_least(rows * kBlockN);
-  for (int64_t group = 0; group < groups; ++group)
-    read_rows(q.at(sequence.batch, kv_head * groups + group, 0), seqlen_q, head_dim,
-              q_rows + group * seqlen_q * padded_dim, padded_dim, seqlen_q);
-  std::fill_n(acc, rows * padded_dim, A{0});
-  std::fill_n(row_max, rows, -std::numeric_limits<A>::infinity());
-  std::fill_n(row_sum, rows, A{0});
+  const Scores<float> scores(problem.options);
+  float* q_rows = buffers.q.at_least((rows + 1) * padded_dim);
+  float* s = buffers.s.at_least(rows * (kBlockN + 1));
+  float *alpha = s + rows * kBlockN, *q_row = q_rows + rows * padded_dim;
+  for (int64_t r = 0; r < rows; ++r) {
+    const Matrix row = q.at(sequence.batch, kv_head * groups + r / seqlen_q, r % seqlen_q);
+    read_rows(row, 1, head_dim, q_row, padded_dim, 1);
+    for (int64_t d = 0; d < padded_dim; ++d) q_rows[r * padded_dim + d] = q_row[place_in_row<T>(d)];
+  }
+  std::fill_n(acc, rows * padded_dim, 0.0f);
+  std::fill_n(row_max, rows, kHidden);
+  std::fill_n(row_sum, rows, 0.0f);
 
   key_begin = std::max(key_begin, visible.key_begin(0));
   key_end = std::min(key_end, visible.key_end(seqlen_q - 1));
   for (int64_t n = key_begin; n < key_end; n += kBlockN) {
     const int64_t keys = std::min(kBlockN, key_end - n);
     int64_t k_stride, v_stride;
-    const A* k_rows = vector_rows(k, n, keys, head_dim, buffers.k, &k_stride);
-    const A* v_rows = vector_rows(v, n, keys, head_dim, buffers.v, &v_stride);
+    const T* k_rows = cache_rows<T>(k, n, keys, head_dim, buffers.k, &k_stride);
+    const T* v_rows = cache_rows<T>(v, n, keys, head_dim, buffers.v, &v_stride);
 
+    // S = Q K^T
+    for_row_groups(rows, [&](int64_t r, auto count) {
+      decode_scores<count()>(q_rows + r * padded_dim, padded_dim, k_rows, k_stride, keys, s + r * kBlockN);
+    });
     for (int64_t r = 0; r < rows; ++r) {
-      // S = Q K^T
-      A* s_row = s + r * kBlockN;
-      for (int64_t i = 0; i < kBlockN; i += W)
-        store(s_row + i, dot_rows(q_rows + r * padded_dim, k_rows, k_stride, i, keys, padded_dim));
+      float* s_row = s + r * kBlockN;
       if (scores.negate || scores.capped)
         for (int64_t i = 0; i < kBlockN; i += W) {
-          const Vec<A> score = scores.negate ? -load(s_row + i) : load(s_row + i);
+          const Vec<float> score = scores.negate ? -load(s_row + i) : load(s_row + i);
           store(s_row + i, scores.capped ? tanh(score * scores.before_cap) : score);
         }
 
       // Mask
       const int64_t first = std::clamp<int64_t>(visible.key_begin(r % seqlen_q) - n, 0, keys);
       const int64_t last = std::clamp<int64_t>(visible.key_end(r % seqlen_q) - n, first, keys);
-      std::fill(s_row, s_row + first, -std::numeric_limits<A>::infinity());
-      std::fill(s_row + last, s_row + kBlockN, -std::numeric_limits<A>::infinity());
+      std::fill(s_row, s_row + first, kHidden);
+      std::fill(s_row + last, s_row + kBlockN, kHidden);
 
-      // Online softmax; rescale
-      const A alpha = online_softmax_row(s_row, scores.factor, row_max + r, row_sum + r);
-      if (alpha != 1)
-        for (int64_t d = 0; d < padded_dim; ++d) acc[r * padded_dim + d] *= alpha;
+      // Online softmax
+      alpha[r] = online_softmax_row(s_row, scores.factor, row_max + r, row_sum + r);
     }
 
-    // O += P V
-    Plain<A>::multiply(rows, padded_dim, keys, {s, kBlockN, 1}, v_rows, v_stride, acc, padded_dim, false);
+    // Rescale; O += P V
+    for_row_groups(rows, [&](int64_t r, auto count) {
+      decode_values<count()>(s + r * kBlockN, alpha + r, v_rows, v_stride, keys, acc + r * padded_dim, padded_dim);
+    });
   }
 }
 
 // Where a softmax's parts were computed apart, out = sum of 2^(max_i - max) acc_i / sum of 2^(max_i - max) sum_i.
-template <class A>
-TOY_LM_NOINLINE void combine_splits(const A* acc, const A* row_max, const A* row_sum, int64_t splits, int64_t rows,
-                                    int64_t row, int64_t padded_dim, A factor, A* out) {
-  constexpr A kHidden = -std::numeric_limits<A>::infinity();
-  A greatest = kHidden, total{0};
+TOY_LM_NOINLINE void combine_splits(const float* acc, const float* row_max, const float* row_sum, int64_t splits,
+                                    int64_t rows, int64_t row, int64_t padded_dim, float factor, float* out) {
+  float greatest = -std::numeric_limits<float>::infinity(), total = 0.0f;
   for (int64_t split = 0; split < splits; ++split)
     if (row_sum[split * rows + row] != 0) greatest = std::max(greatest, row_max[split * rows + row]);
-  std::fill_n(out, padded_dim, A{0});
+  std::fill_n(out, padded_dim, 0.0f);
   for (int64_t split = 0; split < splits; ++split) {
     const int64_t at = split * rows + row;
     if (row_sum[at] == 0) continue;
-    const A weight = std::exp2((row_max[at] - greatest) * factor);
+    const float weight = std::exp2((row_max[at] - greatest) * factor);
     total += weight * row_sum[at];
     for (int64_t d = 0; d < padded_dim; ++d) out[d] += weight * acc[at * padded_dim + d];
   }
@@ -1128,10 +1236,10 @@ TOY_LM_NOINLINE void combine_splits(const A* acc, const A* row_max, const A* row
     for (int64_t d = 0; d < padded_dim; ++d) out[d] /= total;
 }
 
-template <class A>
+template <class T>
 void decode_all(const Problem& problem, const Heads& q, const Heads& k, const Heads& v, const Heads& out) {
   const int64_t num_kv_heads = problem.num_kv_heads, groups = problem.groups(), head_dim = problem.head_dim;
-  const int64_t padded_dim = round_up(head_dim, kWidth<A>), seqlen_q = problem.sequences[0].seqlen_q,
+  const int64_t padded_dim = round_up(head_dim, kPair), seqlen_q = problem.sequences[0].seqlen_q,
                 rows = groups * seqlen_q;
   int64_t longest = 0;
   for (const Sequence& sequence : problem.sequences) longest = std::max(longest, sequence.seqlen_k);
@@ -1139,25 +1247,28 @@ void decode_all(const Problem& problem, const Heads& q, const Heads& k, const He
   const int64_t heads = static_cast<int64_t>(problem.sequences.size()) * num_kv_heads;
   const double flops = 16.0 * count_flops(problem);  // bound by memory, an operation takes the time of many
 
-  thread_local Buffer<A> partials;  // [heads][splits][rows][padded_dim], then row_max and row_sum [heads][splits][rows]
-  A* acc = partials.at_least(heads * splits * rows * (padded_dim + 2));
-  A* row_max = acc + heads * splits * rows * padded_dim;
-  A* row_sum = row_max + heads * splits * rows;
+  // [heads][splits][rows][padded_dim], then row_max and row_sum [heads][splits][rows], then two rows for the result
+  thread_local Buffer<float> partials;
+  float* acc = partials.at_least(heads * splits * rows * (padded_dim + 2) + 2 * padded_dim);
+  float* row_max = acc + heads * splits * rows * padded_dim;
+  float* row_sum = row_max + heads * splits * rows;
+  float* row_out = row_sum + heads * splits * rows;
+  float* ordered = row_out + padded_dim;
   for_each_task(heads * splits, flops, [&](int64_t task) {
     const int64_t head = task / splits, kv_head = head % num_kv_heads, begin = task % splits * kDecodeSplit;
     const Sequence& sequence = problem.sequences[head / num_kv_heads];
-    decode_split<A>(problem, sequence, kv_head, begin, std::min(begin + kDecodeSplit, sequence.seqlen_k), q,
+    decode_split<T>(problem, sequence, kv_head, begin, std::min(begin + kDecodeSplit, sequence.seqlen_k), q,
                     k.at(sequence.batch, kv_head, 0), v.at(sequence.batch, kv_head, 0), acc + task * rows * padded_dim,
                     row_max + task * rows, row_sum + task * rows);
   });
-  const A factor = Scores<A>(problem.options).factor;
-  std::vector<A> row_out(padded_dim);
+  const float factor = Scores<float>(problem.options).factor;
   for (int64_t head = 0; head < heads; ++head)
     for (int64_t r = 0; r < rows; ++r) {
       combine_splits(acc + head * splits * rows * padded_dim, row_max + head * splits * rows,
-                     row_sum + head * splits * rows, splits, rows, r, padded_dim, factor, row_out.data());
+                     row_sum + head * splits * rows, splits, rows, r, padded_dim, factor, row_out);
+      for (int64_t d = 0; d < padded_dim; ++d) ordered[place_in_row<T>(d)] = row_out[d];
       const int64_t q_head = head % num_kv_heads * groups + r / seqlen_q;
-      write_rows(out.at(head / num_kv_heads, q_head, r % seqlen_q), 1, head_dim, A{1}, row_out.data(), padded_dim);
+      write_rows(out.at(head / num_kv_heads, q_head, r % seqlen_q), 1, head_dim, 1.0f, ordered, padded_dim);
     }
 }
 
@@ -1281,8 +1392,10 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_s
   if (q.scalar_type() == ScalarType::Double || problem.groups() * q.size(2) > kDecodeRows)
     return std::get<0>(run_forward(problem, q, k_cache, v_cache, false));
   Tensor out = torch::stable::empty_like(q);
-  decode_all<float>(problem, Heads(q, false, true), Heads(k_cache, false, true), Heads(v_cache, false, true),
-                    Heads(out, false, true));
+  const Heads k(k_cache, false, true), v(v_cache, false, true);
+  const bool in_place =
+      pairs_in_place<BFloat16>(k.first, problem.head_dim) && pairs_in_place<BFloat16>(v.first, problem.head_dim);
+  (in_place ? decode_all<BFloat16> : decode_all<float>)(problem, Heads(q, false, true), k, v, Heads(out, false, true));
   return out;
 }
 

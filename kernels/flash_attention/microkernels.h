@@ -113,18 +113,30 @@ inline bool any(Bits<E> condition) {
   return sum != 0;
 }
 
+// Both fold the vector in half until one lane is left.
 template <class E>
 inline E sum_lanes(Vec<E> x) {
-  E sum{0};
-  for (int i = 0; i < kWidth<E>; ++i) sum += x[i];
-  return sum;
+  E lanes[kWidth<E>];
+  store(lanes, x);
+#pragma GCC unroll 8
+  for (int step = kWidth<E> / 2; step > 0; step /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
 }
 
 template <class E>
-inline E max_lanes(Vec<E> x) {
-  E greatest = x[0];
-  for (int i = 1; i < kWidth<E>; ++i) greatest = x[i] > greatest || x[i] != x[i] ? x[i] : greatest;
-  return greatest;
+inline E max_lanes(Vec<E> x) {  // NaN if there is one
+  E lanes[kWidth<E>];
+  store(lanes, x);
+#pragma GCC unroll 8
+  for (int step = kWidth<E> / 2; step > 0; step /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < step; ++i) {
+      const E other = lanes[i + step];
+      lanes[i] = other > lanes[i] || other != other ? other : lanes[i];
+    }
+  return lanes[0];
 }
 
 // Functions
