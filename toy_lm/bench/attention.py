@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from toy_lm import picture
 
 NUM_TOKENS, WIDTH = 16384, 2048
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -272,40 +273,64 @@ def describe(cell: Cell) -> str:
     return f"{cell.table:18s} {cell.size:50s} {cell.unit:8s} {values}   {cell.ratio:5.2f} x {verdict} the best peer"
 
 
+COLORS = {OURS: picture.BLUE, "cuDNN": picture.RED, "FA-4": picture.INK}  # every other peer is gray
+
+
 def plot(path: pathlib.Path, cells: Sequence[Cell]) -> str:
-    """Draw the grid (TFLOP/s over seqlen) and our ratio to the best peer everywhere else; returns a line on where."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return f"no {path.name}: matplotlib is not installed (pip install matplotlib)"
-    figure = Figure(figsize=(15, 10), layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1), squeeze=False)[:, 0]
-    axes = upper.subplots(2, 4)
+    """Draw the grid (TFLOP/s over seqlen), and small sizes and decoding beside the best peer; returns where."""
+    figure = picture.new_figure(14, 10)
+    if figure is None:
+        return picture.save(None, path)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 2), squeeze=False)[:, 0]
+    for part in (upper, lower):
+        part.set_facecolor(picture.CARD)
+    panels = upper.subplots(2, 4, sharex=True, sharey=True)
+    ceiling = 1.08 * max([1.0, *(rate for cell in cells if cell.unit == "TFLOP/s" for rate in cell.values.values())])
     titles = [f"head_dim {head_dim}, {mask}" for head_dim in HEAD_DIMS for mask in ("full", "causal")]
     for row, table in enumerate(("forward", "backward")):
-        for axis, title in zip(axes[row], titles, strict=True):
-            _draw_curves(axis, [c for c in cells if c.table == table and c.size.startswith(f"{title}, seqlen ")])
-            axis.set(title=f"{table}, {title}", xlabel="seqlen", ylabel="TFLOP/s", xscale="log", ylim=(0, None))
+        for panel, title in zip(panels[row], titles, strict=True):
+            chosen = [cell for cell in cells if cell.table == table and cell.size.startswith(f"{title}, seqlen ")]
+            _draw_curves(panel, chosen, ceiling)
+            panel.set_title(f"{table}, {title}", loc="left", fontsize=10, fontweight="bold")
+        panels[row, 0].set_ylabel("TFLOP/s")
+    for panel in panels[1]:
+        panel.set_xlabel("seqlen")
     _draw_ratios(lower.subplots(), [cell for cell in cells if cell.unit == "us"])
-    figure.savefig(path, dpi=110)
-    return f"picture: {path}"
+    return picture.save(figure, path)
 
 
-def _draw_curves(axis, cells: Sequence[Cell]) -> None:
+def _draw_curves(panel, cells: Sequence[Cell], ceiling: float) -> None:
+    ends = []
     for name in (OURS, *PEERS):
         points = [(int(cell.size.rsplit(" ", 1)[1]), cell.values[name]) for cell in cells if name in cell.values]
-        if points:
-            bold: Mapping = {"linewidth": 3, "color": "black"} if name == OURS else {"marker": "."}
-            axis.plot(*zip(*points, strict=True), label=name, **bold)
-    if axis.lines:
-        axis.legend(fontsize=7)
+        if not points:
+            continue
+        color = COLORS.get(name, picture.GRAY)
+        panel.plot(*zip(*points, strict=True), color=color, linewidth=2.6 if name == OURS else 1.4, marker=".")
+        ends.append((points[-1], name, color))
+    picture.clean(panel)
+    panel.set(xscale="log", ylim=(0, ceiling))
+    panel.set_xticks(SEQLENS, [f"{seqlen // 1024}k" if seqlen >= 1024 else str(seqlen) for seqlen in SEQLENS])
+    panel.minorticks_off()
+    panel.set_xlim(SEQLENS[0] / 1.2, SEQLENS[-1] * 2.6)  # room for the names at the curves' ends
+    lowest = 0.0
+    for (seqlen, rate), name, color in sorted(ends):
+        at = max(rate, lowest)
+        panel.text(1.12 * seqlen, at, name, color=color, va="center", fontsize=8)
+        lowest = at + 0.055 * ceiling
 
 
-def _draw_ratios(axis, cells: Sequence[Cell]) -> None:
-    labels = [f"{cell.table}\n{cell.size}" for cell in cells]
-    axis.bar(range(len(cells)), [cell.ratio for cell in cells], color="tab:blue")
-    axis.axhline(1.0, color="black", linestyle="--")
-    axis.set_xticks(range(len(cells)), labels, rotation=30, ha="right", fontsize=6)
-    axis.set(ylabel="times as fast as the best peer")
+def _draw_ratios(panel, cells: Sequence[Cell]) -> None:
+    labels = [f"{cell.table}: {cell.size}" for cell in cells]
+    places = range(len(cells))
+    panel.barh(places, [cell.ratio for cell in cells], color=picture.BLUE, height=0.66)
+    for place, cell in zip(places, cells, strict=True):
+        times = f"{cell.values[OURS]:.1f} us, best peer {cell.values[OURS] * cell.ratio:.1f} us"
+        panel.text(cell.ratio + 0.01, place, times, va="center", fontsize=8, color=picture.INK)
+    panel.axvline(1.0, color=picture.RED, linewidth=1.6, linestyle="--")
+    panel.set_yticks(places, labels, fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.3 * max([1.0, *(cell.ratio for cell in cells)]))
+    panel.set_xlabel("times as fast as the best peer")
+    picture.clean(panel)
+    panel.grid(visible=False, axis="y")
