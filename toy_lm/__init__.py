@@ -4,15 +4,15 @@ lm = toy_lm.load("runs/sample")
 print(lm.generate("the quick brown", max_new_tokens=30)[0])
 """
 
+import importlib
 from typing import Any
 
-__all__ = ["LanguageModel", "load"]
+__all__ = ["LanguageModel", "Server", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `LanguageModel` come from toy_lm.generate, imported when first asked for: the jobs start quickly."""
+    """These come from toy_lm.generate and toy_lm.serve, imported when first asked for: the jobs start quickly."""
     if name in __all__:
-        from toy_lm import generate
-
-        return getattr(generate, name)
+        module = importlib.import_module("toy_lm.serve" if name == "Server" else "toy_lm.generate")
+        return getattr(module, name)
     raise AttributeError(f"module 'toy_lm' has no attribute {name!r}")

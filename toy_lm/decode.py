@@ -1,10 +1,12 @@
-"""The texts of a batch while they grow: the prompts are read, then each text gets one token after the other.
+"""The texts of a batch while they grow: a prompt joins in a row, then each text gets one token after the other.
 
-    start    the prompts' tokens stand in a table, the cache is empty
-    next     windows that moved are read afresh (prefill) -> one step for every text -> its next token
+    join     prompts begin in rows that are idle
+    next     windows that are new or moved are read (prefill) -> steps for every text -> its next tokens
+    leave    rows are idle again; the other texts notice neither
 
 A step needs nothing from the host: the tokens, their positions, seeds and step numbers lie on the device. On CUDA it is
-captured as one graph, from the embedding to the drawn token, once it has run a few times, and replayed from then on.
+captured as one graph, from the embedding to the drawn token, once it has run a few times, and replayed from then on;
+where many tokens are asked for, as a graph of several steps.
 
 Knows the model's weights and the ops; knows nothing of text or tokenizers.
 """
@@ -19,6 +21,9 @@ import kernels
 from toy_lm.model import KVCache, Transformer
 
 _STEPS_BEFORE_CAPTURE = 2  # libraries allocate their workspaces, Triton compiles
+_STEPS_PER_GRAPH = 8
+_PADDING = 32  # windows that differ by fewer tokens than this are read together
+_TOKENS_AT_ONCE = 16384  # that are read together: a bound on the memory it takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,7 @@ def pack(model: Transformer) -> kernels.DecodeWeights:
 
 
 class Decoder:
-    """Draws the tokens of `batch_size` texts; used for one batch of texts after the other.
+    """Draws the tokens of up to `batch_size` texts, each in a row of its own; the other rows are idle.
 
     vocab_size  of the tokenizer: logits beyond it, where the model's vocabulary is rounded up, are never drawn
     """
@@ -81,58 +86,88 @@ class Decoder:
         self.context = model.config.max_seqlen
         device = weights.embedding.device
         self.cache = KVCache(model.config, batch_size, self.context, device=device, dtype=weights.embedding.dtype)
+        self.texts: list[list[int]] = [[] for _ in range(batch_size)]  # empty where the row is idle
+        self.starts = [-1] * batch_size  # of the windows that the cache holds; -1: none
+        self.unread: list[Tensor] = []  # tokens that were drawn and that `texts` lacks, (batch, any number) each
+        self.num_unread = 0
         self.last = torch.zeros(batch_size, dtype=torch.int64, device=device)  # the token that each text ends in
-        self.seeds = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.number = torch.zeros((), dtype=torch.int64, device=device)  # of the step
+        self.seeds = torch.zeros_like(self.last)
+        self.numbers = torch.zeros_like(self.last)  # of the step, counted from where the text joined
+        self.busy = torch.zeros_like(self.last, dtype=torch.int32)  # 1 where a row has a text, else 0
         self.captures = device.type == "cuda" and kernels.load(device).kind == "fused"
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.outcome: tuple[Tensor, Tensor] | None = None  # what the graph writes
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by their number of steps
         self.num_eager = 0
 
-    def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]) -> None:
-        """Begin with these prompts, token ids each; no prompt is empty."""
-        device = self.last.device
-        self.lengths = [len(prompt) for prompt in prompts]
-        self.starts = [-1] * len(prompts)  # of the windows that the cache holds
-        self.end = max(self.lengths)
-        # The texts end in the same column, self.end, so that a new token of each is a new column.
-        token_ids = torch.zeros((len(prompts), self.end + max_new_tokens), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            token_ids[row, self.end - len(prompt) : self.end] = torch.tensor(prompt)
-        self.last.copy_(token_ids[:, self.end - 1])
-        self.token_ids = token_ids.to(device)
-        self.seeds.copy_(torch.tensor(seeds))
-        self.number.zero_()
+    def join(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
+        """Begin with these prompts, token ids each, none empty, in these rows."""
+        self.read()
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.texts[row], self.starts[row] = list(prompt), -1
+        self._set(rows, [prompt[-1] for prompt in prompts], seeds, busy=1)
+
+    def leave(self, rows: Sequence[int]) -> None:
+        """The texts in these rows are over."""
+        self.read()
+        for row in rows:
+            self.texts[row], self.starts[row] = [], -1
+        self._set(rows, [0] * len(rows), [0] * len(rows), busy=0)
+
+    def _set(self, rows: Sequence[int], last: Sequence[int], seeds: Sequence[int], busy: int) -> None:
+        index = torch.tensor(rows, device=self.last.device)
+        self.last[index] = torch.tensor(last, device=self.last.device)
+        self.seeds[index] = torch.tensor(seeds, device=self.last.device)
+        self.numbers[index] = 0
+        self.busy[index] = busy
+        self.cache.seqlens[index] = 0
+
+    def read(self) -> None:
+        """Wait for the tokens that were drawn and add them to `texts`."""
+        if self.unread:
+            for text, new in zip(self.texts, torch.cat(self.unread, dim=1).clamp(min=0).tolist(), strict=True):
+                text.extend(new if text else ())
+            self.unread, self.num_unread = [], 0
 
     @torch.inference_mode()
-    def next(self) -> tuple[Tensor, Tensor]:
-        """The next token of each text, (batch,), -1 where its logits are not finite; and the logits it was drawn from.
+    def next(self, count: int = 1) -> tuple[Tensor, Tensor]:
+        """The next tokens of each text, (batch, count) or fewer, at least one: up to where a window moves.
 
-        Both are written anew by the next call.
+        A token is -1 where its logits are not finite, and any number in an idle row. Also the logits that the last
+        one was drawn from, (batch, vocab_size), written anew by the next call.
         """
-        starts = [window_start(length, self.context) for length in self.lengths]
-        moved = [row for row, start in enumerate(starts) if start != self.starts[row]]
-        self.starts = starts
+        windows = {
+            row: window_start(len(text) + self.num_unread, self.context) for row, text in enumerate(self.texts) if text
+        }
+        moved = [row for row, start in windows.items() if start != self.starts[row]]
         if moved:
+            self.read()
+            for row in moved:
+                self.starts[row] = windows[row]
             self._read_windows(moved)
-        new, logits = self._step()
-        self.token_ids[:, self.end] = new
-        self.end += 1
-        self.lengths = [length + 1 for length in self.lengths]
-        return new, logits
+        room = [start + self.context + 1 - len(self.texts[row]) - self.num_unread for row, start in windows.items()]
+        count = min([count, *room])
+        drawn: list[Tensor] = []
+        while count:
+            steps = _STEPS_PER_GRAPH if self.captures and self.num_eager and count >= _STEPS_PER_GRAPH else 1
+            new, logits = self._steps(steps)
+            drawn.append(new.clone() if steps > 1 or self.captures else new)
+            count -= steps
+        self.unread += drawn
+        self.num_unread += sum(new.shape[1] for new in drawn)
+        return torch.cat(drawn, dim=1), logits
 
-    def _step(self) -> tuple[Tensor, Tensor]:
-        if not self.captures:
-            return self._step_eagerly()
-        if self.graph is None and self.num_eager == _STEPS_BEFORE_CAPTURE:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outcome = self._step_eagerly()
-        if self.graph is None or self.outcome is None:
+    def _steps(self, count: int) -> tuple[Tensor, Tensor]:
+        """The tokens (batch, count) of some steps and the logits of the last."""
+        if not self.captures or self.num_eager < _STEPS_BEFORE_CAPTURE:
             self.num_eager += 1
             return self._step_eagerly()
-        self.graph.replay()
-        return self.outcome
+        if count not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outcomes = [self._step_eagerly() for _ in range(count)]
+                self.graphs[count] = graph, torch.cat([new for new, _ in outcomes], dim=1), outcomes[-1][1]
+        graph, new, logits = self.graphs[count]
+        graph.replay()
+        return new, logits
 
     def _step_eagerly(self) -> tuple[Tensor, Tensor]:
         cache, sampling = self.cache, self.sampling
@@ -146,26 +181,42 @@ class Decoder:
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             seed=self.seeds,
-            step=self.number,
+            step=self.numbers,
         )
         assert isinstance(new, Tensor)
         torch.clamp(new, min=0, out=self.last)  # -1 is no token; whoever asked for it stops
-        cache.seqlens.add_(1)
-        self.number.add_(1)
-        return new, logits
+        cache.seqlens.add_(self.busy)
+        self.numbers.add_(1)
+        return new[:, None], logits
 
     def _read_windows(self, rows: list[int]) -> None:
-        """Fill the cache of these texts with their windows, all but the last token, which comes next for every text."""
-        device = self.last.device
-        sizes = [length - start - 1 for length, start in zip(self.lengths, self.starts, strict=True)]
-        longest = max(sizes[row] for row in rows)
-        if longest > 0:
-            index = torch.tensor(rows, device=device)
-            begins = torch.tensor([self.end - 1 - sizes[row] for row in rows], device=device)
-            # What lies behind a shorter text is not masked: no earlier token sees it, and its keys are never read.
-            columns = (begins[:, None] + torch.arange(longest, device=device)).clamp(max=self.end - 1)
-            fresh = KVCache(self.model.config, len(rows), longest, device=device, dtype=self.cache.k.dtype)
-            self.model.hidden(self.token_ids[index[:, None], columns].clamp(min=0), fresh)
-            self.cache.k[:, index, :, :longest] = fresh.k
-            self.cache.v[:, index, :, :longest] = fresh.v
-        self.cache.set_seqlens(torch.tensor(sizes, dtype=torch.int32, device=device), max(sizes))
+        """Fill the cache of these texts with their windows, all but the last token, which comes next for every text.
+
+        Equal windows are read once, and windows of nearly equal length together.
+        """
+        sizes = [max(0, len(text) - start - 1) for text, start in zip(self.texts, self.starts, strict=True)]
+        readers: dict[tuple[int, ...], list[int]] = {}
+        for row in rows:
+            readers.setdefault(tuple(self.texts[row][self.starts[row] : -1]), []).append(row)
+        batch: list[tuple[int, ...]] = []
+        for window in sorted(readers, key=len):
+            if batch and (len(window) >= len(batch[0]) + _PADDING or len(window) * (len(batch) + 1) > _TOKENS_AT_ONCE):
+                self._prefill(batch, readers)
+                batch = []
+            if window:
+                batch.append(window)
+        if batch:
+            self._prefill(batch, readers)
+        self.cache.set_seqlens(torch.tensor(sizes, dtype=torch.int32, device=self.last.device), max(sizes))
+
+    def _prefill(self, windows: list[tuple[int, ...]], readers: dict[tuple[int, ...], list[int]]) -> None:
+        """Read these windows, shortest first, and give the keys and values of each to the rows that it stands in."""
+        device, longest = self.last.device, len(windows[-1])
+        # What stands behind a shorter window is not masked: no earlier token sees it, and its keys are never read.
+        token_ids = torch.tensor([[*window, *[0] * (longest - len(window))] for window in windows], device=device)
+        fresh = KVCache(self.model.config, len(windows), longest, device=device, dtype=self.cache.k.dtype)
+        self.model.hidden(token_ids, fresh)
+        pairs = [(number, row) for number, window in enumerate(windows) for row in readers[window]]
+        source, target = torch.tensor(pairs, device=device).unbind(dim=1)
+        self.cache.k[:, target, :, :longest] = fresh.k[:, source]
+        self.cache.v[:, target, :, :longest] = fresh.v[:, source]

@@ -17,7 +17,8 @@ import codecs
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -105,10 +106,10 @@ class LanguageModel:
             allowed = f"0 to {self.tokenizer.vocab_size}, the vocabulary"
             raise ValueError(f"num_candidates: got {num_candidates}, needs {allowed}")
         settings = Sampling(**sampling)
-        decoder = _Utf8Decoder(self.tokenizer)
-        for token_ids, logits in self._tokens([prompt], max_new_tokens, settings, _seeds(settings, 1)):
+        decoder = Utf8Decoder(self.tokenizer)
+        for token_ids, logits in self._tokens([prompt], max_new_tokens, settings, _seeds(settings, 1), at_once=1):
             token_id = int(token_ids.item())
-            self._check([[token_id]])
+            self.check([[token_id]])
             probability, candidates = float("nan"), []
             if num_candidates:
                 probabilities = logits[0].float().softmax(dim=-1)
@@ -122,30 +123,38 @@ class LanguageModel:
         return self.tokenizer.encode(prompt or EMPTY_PROMPT)
 
     def _texts(self, prompts: Sequence[str], max_new_tokens: int, settings: Sampling, seeds: list[int]) -> list[str]:
-        new = [token_ids.clone() for token_ids, _ in self._tokens(prompts, max_new_tokens, settings, seeds)]
-        rows = torch.stack(new, dim=1).tolist() if new else [[] for _ in prompts]
-        self._check(rows)
+        new = [token_ids for token_ids, _ in self._tokens(prompts, max_new_tokens, settings, seeds)]
+        rows = torch.cat(new, dim=1).tolist() if new else [[] for _ in prompts]
+        self.check(rows)
         texts = []
         for row in rows:
-            decoder = _Utf8Decoder(self.tokenizer)
+            decoder = Utf8Decoder(self.tokenizer)
             texts.append("".join(decoder.decode(token_id) for token_id in row))  # token ids -> text
         return texts
 
     def _tokens(
-        self, prompts: Sequence[str], max_new_tokens: int, settings: Sampling, seeds: list[int]
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        settings: Sampling,
+        seeds: list[int],
+        at_once: int = sys.maxsize,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each new token: token ids (batch,) and the logits (batch, vocab_size) that they were drawn from."""
+        """New token ids (batch, at_once or fewer) again and again, and the logits that the last were drawn from."""
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, needs 0 or more")
         token_ids = [self.prompt_ids(prompt) for prompt in prompts]  # prompt -> tokenizer -> token ids
-        with self._decoder(len(prompts), settings) as decoder:
-            decoder.start(token_ids, max_new_tokens, seeds)
-            for _ in range(max_new_tokens):
-                yield decoder.next()  # token ids -> model (attention op) -> logits -> sampler op -> token ids
+        with self.decoder(len(prompts), settings) as decoder:
+            decoder.join(range(len(prompts)), token_ids, seeds)
+            while max_new_tokens:
+                # token ids -> model (attention op) -> logits -> sampler op -> token ids
+                new, logits = decoder.next(min(max_new_tokens, at_once))
+                max_new_tokens -= new.shape[1]
+                yield new, logits
 
     @contextlib.contextmanager
-    def _decoder(self, batch_size: int, settings: Sampling) -> Iterator[Decoder]:
-        """One that nobody else uses until it is given back; the last one is kept, with its cache and its graph."""
+    def decoder(self, batch_size: int, settings: Sampling) -> Iterator[Decoder]:
+        """One that nobody else uses until it is given back; the last one is kept, with its cache and its graphs."""
         key = (batch_size, dataclasses.replace(settings, seed=0))
         decoder = self._kept.pop(key, None)
         if decoder is None:
@@ -154,9 +163,11 @@ class LanguageModel:
         try:
             yield decoder
         finally:
+            decoder.unread, decoder.num_unread = [], 0
+            decoder.leave(range(batch_size))
             self._kept[key] = decoder
 
-    def _check(self, rows: list[list[int]]) -> None:
+    def check(self, rows: Iterable[Sequence[int]]) -> None:
         """The sampler marks a row of logits that it cannot draw from with -1."""
         for number, row in enumerate(rows):
             if -1 in row:
@@ -166,7 +177,7 @@ class LanguageModel:
                 )
 
 
-class _Utf8Decoder:
+class Utf8Decoder:
     """Token ids one by one -> text, held back until a character is whole."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

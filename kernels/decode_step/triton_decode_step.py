@@ -52,11 +52,7 @@ def _product(x, w):
     In fp32 the products of a tile are added up in a tree, which rounds less than a chain does. (As `tl.dot` they would
     be a chain, and the compiler would hang each tile's chain onto the one before: model_dim additions in a row.)
     """
-    if w.dtype == tl.float32:
-        product = tl.sum(x[:, None, :] * w[None, :, :], axis=2)
-    else:
-        product = tl.dot(x, tl.trans(w))
-    return product
+    return tl.sum(x[:, None, :] * w[None, :, :], axis=2) if w.dtype == tl.float32 else tl.dot(x, tl.trans(w))
 
 
 @triton.jit
