@@ -90,10 +90,19 @@ def wait_until_added(one):
 
 
 @gluon.jit
-def tile_coordinates(num_n_blocks, num_kv_heads):
-    """Which keys this program owns: (n_block, kv_head, batch). The last keys of a head start first."""
-    pair = gl.program_id(0) // num_n_blocks
-    n_block = num_n_blocks - 1 - gl.program_id(0) % num_n_blocks
+def tile_coordinates(walk):
+    """Which keys this program owns: (n_block, kv_head, batch).
+
+    A pair is one head of one sequence. `heads_per_group` pairs are worked at side by side, the last keys of each first:
+    the more there are, the fewer programs wait for one another's dQ, and the more of Q, dO and dQ is in use at once.
+    """
+    num_n_blocks, _num_m_blocks, num_pairs, num_kv_heads, _heads, heads_per_group, _seqlen_q, _seqlen_k = walk
+    group_programs = heads_per_group * num_n_blocks
+    first_pair = gl.program_id(0) // group_programs * heads_per_group
+    pairs_here = gl.minimum(heads_per_group, num_pairs - first_pair)
+    place = gl.program_id(0) % group_programs
+    n_block = num_n_blocks - 1 - place // pairs_here
+    pair = first_pair + place % pairs_here
     return n_block, pair % num_kv_heads, pair // num_kv_heads
 
 
@@ -115,11 +124,11 @@ def first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M: gl.conste
 def mask_probabilities(p, n_start, m_start, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, S_LAYOUT: gl.constexpr):
     """0 where the query does not see the key; causal is bottom-right aligned. Queries past the end have lse = inf."""
     offs_n = n_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-    visible = (offs_n < seqlen_k)[:, None]
+    first = gl.where(offs_n < seqlen_k, 0, p.shape[1])  # column from which on the queries see a key
     if CAUSAL:
-        offs_m = m_start + gl.arange(0, p.shape[1], layout=gl.SliceLayout(0, S_LAYOUT)) + (seqlen_k - seqlen_q)
-        visible = visible & (offs_n[:, None] <= offs_m[None, :])
-    return gl.where(visible, p, 0.0)
+        first = gl.maximum(first, offs_n - (seqlen_k - seqlen_q) - m_start)
+    columns = gl.arange(0, p.shape[1], layout=gl.SliceLayout(0, S_LAYOUT))
+    return gl.where(columns[None, :] >= first[:, None], p, 0.0)
 
 
 @gluon.jit
@@ -218,7 +227,7 @@ def consume(work, rings, tiles, kv_full, all_read, walk, consumer_id: gl.constex
     dk_desc, dv_desc, softmax_scale = work
     q_ring, _dout_ring, _row_ring, dq_ring = rings
     k_halves, v_halves, ds_tiles, ds_full = tiles
-    num_n_blocks, num_m_blocks, num_kv_heads, heads_per_kv_head, seqlen_q, seqlen_k = walk
+    _num_n_blocks, num_m_blocks, _pairs, _num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k = walk
     DTYPE: gl.constexpr = k_halves.dtype
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
     HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
@@ -230,7 +239,7 @@ def consume(work, rings, tiles, kv_full, all_read, walk, consumer_id: gl.constex
     )
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
 
-    n_block, kv_head, batch = tile_coordinates(num_n_blocks, num_kv_heads)
+    n_block, kv_head, batch = tile_coordinates(walk)
     m_some, m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
     n_start = n_block * BLOCK_N + consumer_id * ROWS
     scale_log2 = softmax_scale * LOG2_E
@@ -271,9 +280,9 @@ def produce(loads, rings, tiles, kv_full, walk, CAUSAL: gl.constexpr):
     q_desc, k_desc, v_desc, dout_desc, row_desc = loads
     q_ring, dout_ring, row_ring, _dq_ring = rings
     k_halves, v_halves, _ds_tiles, _ds_full = tiles
-    num_n_blocks, num_m_blocks, num_kv_heads, heads_per_kv_head, seqlen_q, seqlen_k = walk
+    _num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k = walk
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
-    n_block, kv_head, batch = tile_coordinates(num_n_blocks, num_kv_heads)
+    n_block, kv_head, batch = tile_coordinates(walk)
     m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
     mbarrier.expect(kv_full, 4 * k_desc.block_type.nbytes)
     for half in gl.static_range(2):
@@ -295,10 +304,10 @@ def produce(loads, rings, tiles, kv_full, walk, CAUSAL: gl.constexpr):
 def reduce_dq(dq_desc, turn_ptr, rings, walk, CAUSAL: gl.constexpr):
     """The reducer warp: adds this program's dQ tiles to those of the programs before it, when its turn has come."""
     q_ring, _dout_ring, _row_ring, dq_ring = rings
-    num_n_blocks, num_m_blocks, num_kv_heads, heads_per_kv_head, seqlen_q, seqlen_k = walk
+    num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k = walk
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
     HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
-    n_block, kv_head, batch = tile_coordinates(num_n_blocks, num_kv_heads)
+    n_block, kv_head, batch = tile_coordinates(walk)
     m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
     i = 0
     for group_head in range(heads_per_kv_head):
@@ -327,7 +336,16 @@ def reduce_dq(dq_desc, turn_ptr, rings, walk, CAUSAL: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=["num_n_blocks", "num_m_blocks", "num_kv_heads", "heads_per_kv_head", "seqlen_q", "seqlen_k"]
+    do_not_specialize=[
+        "num_n_blocks",
+        "num_m_blocks",
+        "num_pairs",
+        "num_kv_heads",
+        "heads_per_kv_head",
+        "heads_per_group",
+        "seqlen_q",
+        "seqlen_k",
+    ]
 )
 def backward_kernel(
     q_desc,  # tiles [BLOCK_M, HEAD_DIM] of q (batch, num_heads, seqlen_q, head_dim)
@@ -342,8 +360,10 @@ def backward_kernel(
     softmax_scale,
     num_n_blocks,
     num_m_blocks,
+    num_pairs,
     num_kv_heads,
     heads_per_kv_head,
+    heads_per_group,
     seqlen_q,
     seqlen_k,
     STAGES: gl.constexpr,
@@ -367,7 +387,7 @@ def backward_kernel(
     fence_async_shared()  # the barriers, before TMA signals them
     rings = (q_ring, dout_ring, row_ring, dq_ring)
     tiles = (k_halves, v_halves, ds_tiles, ds_full)
-    walk = (num_n_blocks, num_m_blocks, num_kv_heads, heads_per_kv_head, seqlen_q, seqlen_k)
+    walk = (num_n_blocks, num_m_blocks, num_pairs, num_kv_heads, heads_per_kv_head, heads_per_group, seqlen_q, seqlen_k)
     work = (dk_desc, dv_desc, softmax_scale)
     loads = (q_desc, k_desc, v_desc, dout_desc, row_desc)
     gl.warp_specialize(
@@ -470,14 +490,21 @@ class Tile:
     registers: int
 
 
-# By (head_dim, causal). TFLOP/s on an H200 in bf16 at 16384 and 4096 tokens: 464 and 388, 413 and 361, 527 and 455,
-# 500 and 433.
+# By (head_dim, causal). TFLOP/s on an H200 in bf16 at 512 / 1024 / 2048 / 4096 / 16384 tokens, 16384 in all:
+# 279 / 364 / 418 / 440 / 442, 152 / 227 / 299 / 356 / 416, 347 / 430 / 474 / 502 / 516 and 208 / 309 / 400 / 471 / 518.
 TILES = {
     (64, False): Tile(block_m=128, stages=2, registers=240),
     (64, True): Tile(block_m=128, stages=2, registers=240),
     (128, False): Tile(block_m=64, stages=2, registers=240),
     (128, True): Tile(block_m=64, stages=2, registers=240),
 }
+
+
+# Elements of Q that all programs walk over at a time: with more of them programs wait less for one another, with fewer
+# Q, dO and dQ stay in the L2 cache. At head_dim 128, full, 512 / 1024 / 2048 / 4096 tokens the best number of heads is
+# 16 / 8 / 4 / 2: 347 / 430 / 474 / 502 TFLOP/s, where one at a time gives 323 / 387 / 435 / 462. With a causal mask,
+# where programs start on different queries, it gains at 512 tokens alone: 209, not 193.
+MAX_IN_USE = {False: 1 << 20, True: 1 << 19}
 
 
 def supports(
@@ -538,6 +565,8 @@ def launch(
     dq_sum = torch.empty(num_pairs, num_m_blocks * tile.block_m, head_dim, dtype=torch.float32, device=q.device)
     turn = torch.zeros(num_pairs, num_m_blocks, dtype=torch.int32, device=q.device)
     key = (tile, softmax_scale, causal, layout(q, k, v, out, dout, lse, dlse))
+    queries = seqlen_q * head_dim * (num_heads // num_kv_heads)  # elements of Q that one program walks over
+    heads_per_group = min(batch_size * num_kv_heads, max(1, MAX_IN_USE[causal] // queries))
 
     def run(kernel: Any, grid: tuple[int, ...], tensors: tuple, scalars: tuple) -> None:
         if not again((kernel.__name__, key), tensors):
@@ -568,8 +597,10 @@ def launch(
             softmax_scale,
             num_n_blocks,
             num_m_blocks,
+            batch_size * num_kv_heads,
             num_kv_heads,
             num_heads // num_kv_heads,
+            heads_per_group,
             seqlen_q,
             seqlen_k,
             tile.stages,

@@ -20,11 +20,11 @@ Two overlaps keep the matrix unit busy while exponentials are computed:
 
     within a consumer    S_j = Q K_j^T is started before O += P_{j-1} V_{j-1}, so that softmax(S_j) runs beside the
                          latter
-    between consumers    one's matrix products are queued while the other is at its softmax; left to themselves they
-                         fall into that order, with PING_PONG the barriers `turn` hold them to it
+    between consumers    one's matrix products are queued while the other is at its softmax: left to themselves, they
+                         fall into that order
 
-A program works through several tiles of queries (a persistent grid) or one; the heavy ones, last in causal order, go
-first.
+There are as many programs as processors, each works through several tiles of queries, and `tile_coordinates` deals
+these out so that all programs end at about the same time.
 
     paper     here                          shape
     Q_i       q                             [64, HEAD_DIM]        shared memory
@@ -38,6 +38,7 @@ Knows no window, softcap or packed documents: `supports` sends those to the port
 """
 
 import dataclasses
+import math
 
 import torch
 import triton
@@ -52,7 +53,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.flash_attention.hopper import LOG2_E, ROWS, describe, new_barriers, new_tile_ring, refusal
+from kernels.flash_attention.hopper import LOG2_E, ROWS, describe, new_tile_ring, refusal
 from kernels.launch import again, layout, remember
 
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -60,19 +61,27 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
-def tile_coordinates(tile, num_heads, num_m_blocks, num_pairs, heads_per_group, CAUSAL: gl.constexpr):
-    """Which queries a tile of work holds: (m_block, head, batch).
+def tile_coordinates(turn, walk, CAUSAL: gl.constexpr):
+    """Which queries the tile holds that this program is dealt in round `turn`: (m_block, head, batch).
 
-    A pair is one head of one sequence. `heads_per_group` pairs, whose keys fit in the L2 cache together, are walked
-    side by side; with a causal mask from their last queries, which see the most keys, to their first.
+    A pair is one head of one sequence. Without a causal mask the queries of a pair come one after the other: all of
+    them share its keys. With one, `heads_per_group` pairs are walked side by side, from their last queries, which see
+    the most keys, to their first; and tiles are dealt back and forth, so that who gets the heavier one in one round
+    gets the lighter one in the next. The last round, which may not go round, is dealt forth.
     """
-    group_tiles = heads_per_group * num_m_blocks
-    first_pair = tile // group_tiles * heads_per_group
-    pairs_here = gl.minimum(heads_per_group, num_pairs - first_pair)
-    m_block = tile % group_tiles // pairs_here
+    num_m_blocks, num_heads, num_pairs, heads_per_group, _seqlen_q, _seqlen_k = walk
+    programs = gl.num_programs(0)
+    back = (num_m_blocks * num_pairs // programs - turn) % 2 == 1
+    tile = turn * programs + gl.where(back, programs - 1 - gl.program_id(0), gl.program_id(0))
     if CAUSAL:
-        m_block = num_m_blocks - 1 - m_block
-    pair = first_pair + tile % group_tiles % pairs_here
+        group_tiles = heads_per_group * num_m_blocks
+        first_pair = tile // group_tiles * heads_per_group
+        pairs_here = gl.minimum(heads_per_group, num_pairs - first_pair)
+        m_block = num_m_blocks - 1 - tile % group_tiles // pairs_here
+        pair = first_pair + tile % group_tiles % pairs_here
+    else:
+        m_block = tile % num_m_blocks
+        pair = tile // num_m_blocks
     return m_block, pair % num_heads, pair // num_heads
 
 
@@ -94,23 +103,30 @@ def count_n_blocks(m_block, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N: 
 @gluon.jit
 def mask_scores(s, row, n_start, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, S_LAYOUT: gl.constexpr):
     """-inf where the query does not see the key; causal is bottom-right aligned."""
-    offs_n = n_start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S_LAYOUT))
-    visible = (offs_n < seqlen_k)[None, :]
+    last = gl.full([ROWS], 0, gl.int32, gl.SliceLayout(1, S_LAYOUT)) + (seqlen_k - 1)  # key that each query sees
     if CAUSAL:
-        offs_m = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT)) + (seqlen_k - seqlen_q)
-        visible = visible & (offs_n[None, :] <= offs_m[:, None])
-    return gl.where(visible, s, float("-inf"))
+        offs_m = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+        last = gl.minimum(last, offs_m + (seqlen_k - seqlen_q))
+    columns = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S_LAYOUT))
+    return gl.where(columns[None, :] <= (last - n_start)[:, None], s, float("-inf"))
 
 
 @gluon.jit
-def online_softmax(s, row_max, row_sum, scale_log2):
+def online_softmax(s, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
     """Lines 9 and 10 of FlashAttention-2's algorithm 1: P, the new maximum and sum, and the rescale of the old ones."""
     new_max = gl.maximum(row_max, gl.max(s, axis=1))
-    # A row that has seen no key yet: -inf - 0, not -inf + inf.
-    shift = gl.where(new_max == float("-inf"), 0.0, new_max * scale_log2)
+    shift = new_max * scale_log2
+    if MASKED:
+        shift = gl.where(new_max == float("-inf"), 0.0, shift)  # no key seen yet: -inf - 0, not -inf + inf
     alpha = gl.exp2(row_max * scale_log2 - shift)
     p = gl.exp2(s * scale_log2 - shift[:, None])
     return p, new_max, row_sum * alpha + gl.sum(p, axis=1), alpha
+
+
+@gluon.jit
+def as_operand(p, acc, v_ring):
+    """P as wgmma takes it from registers, in V's dtype."""
+    return gl.convert_layout(p.to(v_ring.data.dtype), gl.DotOperandLayout(0, acc.type.layout, k_width=2))
 
 
 @gluon.jit
@@ -123,40 +139,37 @@ def attend_block(
     q,
     k_ring,
     v_ring,
-    turn,
     j,
-    turns,
     row,
     n_start,
     scale_log2,
     seqlen_q,
     seqlen_k,
-    masked,
-    consumer_id: gl.constexpr,
     CONSUMERS: gl.constexpr,
     CAUSAL: gl.constexpr,
-    PING_PONG: gl.constexpr,
+    MASKED: gl.constexpr,
     S_LAYOUT: gl.constexpr,
 ):
-    """One pass of the main loop: S_j, beside it O += P_{j-1} V_{j-1}, then softmax(S_j), all of one consumer."""
+    """One pass of the main loop: S_j, beside it O += P_{j-1} V_{j-1}, then softmax(S_j), all of one consumer.
+
+    P waits for the next pass in fp32; with three consumers, which have fewer registers, rounded: half of them, but
+    copies between them.
+    """
+    FEW_REGISTERS: gl.constexpr = CONSUMERS > 2
     BLOCK_N: gl.constexpr = k_ring.data.shape[1]
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
     k = k_ring.wait(j)
-    if PING_PONG:
-        mbarrier.wait(turn.index(consumer_id), (turns & 1) ^ (1 if consumer_id == 0 else 0))
     s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    p16 = gl.convert_layout(p.to(v_ring.data.dtype), gl.DotOperandLayout(0, acc.type.layout, k_width=2))
+    p16 = as_operand(p, acc, v_ring)
     v = v_ring.wait(j - 1)
     acc = warpgroup_mma(p16, v, acc, is_async=True)
-    if PING_PONG:
-        mbarrier.arrive(turn.index((consumer_id + 1) % CONSUMERS), count=1)
 
     s = warpgroup_mma_wait(1, deps=[s])
     k_ring.release(j)
-    if masked:
+    if MASKED:
         s = mask_scores(s, row, n_start, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
-    p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2)
+    p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2, MASKED)
 
     # The next keys are due anyway. Waiting for them here, a branch, keeps ptxas from moving the wait below, and with it
     # the end of P V, ahead of the exponentials.
@@ -164,6 +177,8 @@ def attend_block(
     mbarrier.wait(k_ring.full.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1, pred=n_start > 0)
     acc, p16 = warpgroup_mma_wait(0, deps=[acc, p16])
     v_ring.release(j - 1)
+    if FEW_REGISTERS:
+        p = as_operand(p, acc, v_ring)
     return acc, p, alpha, row_max, row_sum
 
 
@@ -174,11 +189,10 @@ def consume(
     consumer_id: gl.constexpr,
     CONSUMERS: gl.constexpr,
     CAUSAL: gl.constexpr,
-    PING_PONG: gl.constexpr,
 ):
     """A consumer warpgroup: attention of 64 queries of each of this program's tiles."""
-    out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, scale_log2 = work
-    num_m_blocks, num_heads, num_pairs, heads_per_group, seqlen_q, seqlen_k = walk
+    out_desc, lse_ptr, q_ring, k_ring, v_ring, scale_log2 = work
+    num_m_blocks, num_heads, num_pairs, _heads_per_group, seqlen_q, seqlen_k = walk
     BLOCK_N: gl.constexpr = k_ring.data.shape[1]
     HEAD_DIM: gl.constexpr = k_ring.data.shape[2]
     DTYPE: gl.constexpr = out_desc.dtype
@@ -188,40 +202,54 @@ def consume(
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
     )
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, k_width=2)
+    FEW_REGISTERS: gl.constexpr = CONSUMERS > 2
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
 
     j = 0  # blocks of keys met so far, over all tiles
-    for tile in range(gl.program_id(0), num_m_blocks * num_pairs, gl.num_programs(0)):
-        m_block, head, batch = tile_coordinates(tile, num_heads, num_m_blocks, num_pairs, heads_per_group, CAUSAL)
-        tiles = tile // gl.num_programs(0)  # this program's earlier ones
+    turn = 0  # tiles met so far
+    m_block, head, batch = tile_coordinates(turn, walk, CAUSAL)
+    for _ in range(gl.program_id(0), num_m_blocks * num_pairs, gl.num_programs(0)):
         n_blocks, n_full = count_n_blocks(m_block, seqlen_q, seqlen_k, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
         row = (m_block * CONSUMERS + consumer_id) * ROWS
-        q = q_ring.wait(tiles * CONSUMERS + consumer_id)
+        q = q_ring.wait(turn * CONSUMERS + consumer_id)
 
         # The first block of keys, the last in order, has no P V to run beside.
         k = k_ring.wait(j)
         s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        tma.store_wait(0)  # of the tile before, which leaves its buffer to the queries of the next
+        q_ring.release((turn - 1) * CONSUMERS + consumer_id, turn > 0)
+        turn += 1
+        next_tile = tile_coordinates(turn, walk, CAUSAL)  # divisions take their time: here beside the product
         s = warpgroup_mma_wait(0, deps=[s])
         k_ring.release(j)
         j += 1
-        s = mask_scores(s, row, (n_blocks - 1) * BLOCK_N, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
+        if CAUSAL or seqlen_k % BLOCK_N != 0:
+            s = mask_scores(s, row, (n_blocks - 1) * BLOCK_N, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
         row_sum = gl.full([ROWS], 0.0, gl.float32, ROW_LAYOUT)
-        p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2)
+        p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2, True)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, ACC_LAYOUT)
+        if FEW_REGISTERS:
+            p = as_operand(p, acc, v_ring)
 
-        for n_block in range(n_blocks - 2, -1, -1):
+        if CAUSAL:  # the blocks on the diagonal
+            for n_block in range(n_blocks - 2, n_full - 1, -1):
+                acc, p, alpha, row_max, row_sum = attend_block(
+                    acc, p, alpha, row_max, row_sum, q, k_ring, v_ring, j, row, n_block * BLOCK_N, scale_log2,
+                    seqlen_q, seqlen_k, CONSUMERS, CAUSAL, True, S_LAYOUT,
+                )  # fmt: skip
+                j += 1
+        for n_block in range(n_full - 1, -1, -1):
             acc, p, alpha, row_max, row_sum = attend_block(
-                acc, p, alpha, row_max, row_sum, q, k_ring, v_ring, turn, j, j - tiles - 1, row, n_block * BLOCK_N,
-                scale_log2, seqlen_q, seqlen_k, n_block >= n_full, consumer_id, CONSUMERS, CAUSAL, PING_PONG, S_LAYOUT,
+                acc, p, alpha, row_max, row_sum, q, k_ring, v_ring, j, row, n_block * BLOCK_N, scale_log2,
+                seqlen_q, seqlen_k, CONSUMERS, CAUSAL, False, S_LAYOUT,
             )  # fmt: skip
             j += 1
 
         v = v_ring.wait(j - 1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
-        p = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        p = as_operand(p, acc, v_ring)
         acc = warpgroup_mma(p, v, acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         v_ring.release(j - 1)
@@ -237,24 +265,24 @@ def consume(
         offs_m = row + gl.arange(0, ROWS, layout=ROW_LAYOUT)
         lse_row = lse_ptr + (batch * num_heads + head).to(gl.int64) * seqlen_q
         gl.store(lse_row + offs_m, lse, mask=offs_m < seqlen_q)
-        tma.store_wait(0)
-        q_ring.release(tiles * CONSUMERS + consumer_id)
+        m_block, head, batch = next_tile
+    tma.store_wait(0)
 
 
 @gluon.jit
 def produce(loads, walk, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr):
     """The producer warp: the same walk as the consumers', each tile requested as soon as its buffer is free."""
     q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, heads_per_kv_head = loads
-    num_m_blocks, num_heads, num_pairs, heads_per_group, seqlen_q, seqlen_k = walk
+    num_m_blocks, _num_heads, num_pairs, _heads_per_group, seqlen_q, seqlen_k = walk
     BLOCK_N: gl.constexpr = k_ring.data.shape[1]
     j = 0
     for tile in range(gl.program_id(0), num_m_blocks * num_pairs, gl.num_programs(0)):
-        m_block, head, batch = tile_coordinates(tile, num_heads, num_m_blocks, num_pairs, heads_per_group, CAUSAL)
-        tiles = tile // gl.num_programs(0)  # this program's earlier ones
+        turn = tile // gl.num_programs(0)
+        m_block, head, batch = tile_coordinates(turn, walk, CAUSAL)
         n_blocks, _n_full = count_n_blocks(m_block, seqlen_q, seqlen_k, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
         kv_head = head // heads_per_kv_head
         for i in gl.static_range(CONSUMERS):
-            q_ring.fill(tiles * CONSUMERS + i, q_desc, [batch, head, (m_block * CONSUMERS + i) * ROWS, 0])
+            q_ring.fill(turn * CONSUMERS + i, q_desc, [batch, head, (m_block * CONSUMERS + i) * ROWS, 0])
         for n_block in range(n_blocks - 1, -1, -1):
             k_ring.fill(j, k_desc, [batch, kv_head, n_block * BLOCK_N, 0])
             v_ring.fill(j, v_desc, [batch, kv_head, n_block * BLOCK_N, 0])
@@ -287,25 +315,22 @@ def forward_kernel(
     seqlen_q,
     seqlen_k,
     CONSUMERS: gl.constexpr,
-    Q_STAGES: gl.constexpr,
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
-    PING_PONG: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    q_ring = new_tile_ring(q_desc, Q_STAGES * CONSUMERS, 1)
+    q_ring = new_tile_ring(q_desc, 2 * CONSUMERS, 1)  # the next tile's queries come while the last one's result leaves
     k_ring = new_tile_ring(k_desc, STAGES, CONSUMERS)
     v_ring = new_tile_ring(v_desc, STAGES, CONSUMERS)
-    turn = new_barriers(CONSUMERS, 1)
     fence_async_shared()  # the barriers, before TMA signals them
     walk = (num_m_blocks, num_heads, num_pairs, heads_per_group, seqlen_q, seqlen_k)
     loads = (q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, heads_per_kv_head)
-    work = (out_desc, lse_ptr, q_ring, k_ring, v_ring, turn, scale_log2)
+    work = (out_desc, lse_ptr, q_ring, k_ring, v_ring, scale_log2)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (work, walk, gl.constexpr(0), CONSUMERS, CAUSAL, PING_PONG)),
-                (consume, (work, walk, gl.constexpr(1), CONSUMERS, CAUSAL, PING_PONG)),
+                (consume, (work, walk, gl.constexpr(0), CONSUMERS, CAUSAL)),
+                (consume, (work, walk, gl.constexpr(1), CONSUMERS, CAUSAL)),
                 (produce, (loads, walk, CONSUMERS, CAUSAL)),
             ],
             [4, 1],
@@ -314,9 +339,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (work, walk, gl.constexpr(0), CONSUMERS, CAUSAL, PING_PONG)),
-                (consume, (work, walk, gl.constexpr(1), CONSUMERS, CAUSAL, PING_PONG)),
-                (consume, (work, walk, gl.constexpr(2), CONSUMERS, CAUSAL, PING_PONG)),
+                (consume, (work, walk, gl.constexpr(0), CONSUMERS, CAUSAL)),
+                (consume, (work, walk, gl.constexpr(1), CONSUMERS, CAUSAL)),
+                (consume, (work, walk, gl.constexpr(2), CONSUMERS, CAUSAL)),
                 (produce, (loads, walk, CONSUMERS, CAUSAL)),
             ],
             [4, 4, 1],
@@ -330,24 +355,20 @@ class Tile:
 
     block_n: int
     consumers: int
-    q_stages: int
-    stages: int
-    ping_pong: bool
-    persistent: bool
     registers: int
+    stages: int
 
 
-# By (head_dim, causal). TFLOP/s on an H200 in bf16 at 16384 and 4096 tokens: 441 and 418, 440 and 376, 698 and 592,
-# 609 and 544. With head_dim 128, turns, smaller blocks and deeper rings were all slower. A program for each tile,
-# started by the hardware as others end, evens out what a causal mask makes uneven.
+# By (head_dim, causal). TFLOP/s on an H200, bf16, at 512 / 1024 / 2048 / 4096 / 8192 / 16384 keys, 16384 tokens in all:
+# 352 / 400 / 466 / 492 / 513 / 507, 240 / 320 / 382 / 410 / 429 / 429, 503 / 598 / 654 / 641 / 655 / 613 and
+# 329 / 462 / 568 / 619 / 604 / 602. Two consumers for (64, False): 347 / 378 / 422 / 432 / 431 / 432.
 TILES = {
-    (64, False): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=False, registers=240, persistent=True),
-    (64, True): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=False, registers=240, persistent=False),
-    (128, False): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=False, registers=240, persistent=True),
-    (128, True): Tile(block_n=128, consumers=2, q_stages=1, stages=2, ping_pong=False, registers=240, persistent=False),
+    (64, False): Tile(block_n=128, consumers=3, registers=160, stages=3),
+    (64, True): Tile(block_n=128, consumers=2, registers=240, stages=3),
+    (128, False): Tile(block_n=128, consumers=2, registers=240, stages=2),
+    (128, True): Tile(block_n=128, consumers=2, registers=240, stages=2),
 }
 _LEAST_WORK = 1 << 28  # queries x keys x head_dim: 12 sequences of 4 heads, 64 tokens, head_dim 64 are 1 << 23.6
-_L2_FOR_KEYS = 32 << 20  # bytes of the H200's 60 MB L2 cache that K and V of the heads in flight may take
 
 
 def supports(
@@ -383,18 +404,13 @@ def launch(
     tensors = (describe(q, rows), describe(k, tile.block_n), describe(v, tile.block_n), describe(out, rows), lse)
     if again(key, tensors):
         return
-    batch_size, num_heads, seqlen_q, head_dim = q.shape
+    batch_size, num_heads, seqlen_q, _ = q.shape
     num_kv_heads, seqlen_k = k.shape[1:3]
     num_m_blocks = triton.cdiv(seqlen_q, tile.consumers * rows)
     num_pairs = batch_size * num_heads
-    # Without a causal mask the queries of one head come one after the other: all of them share its keys.
-    heads_per_group = 1
-    if causal:
-        key_bytes = 2 * seqlen_k * head_dim * k.element_size()
-        heads_per_group = max(1, min(num_pairs, _L2_FOR_KEYS // key_bytes * (num_heads // num_kv_heads)))
-    programs = num_m_blocks * num_pairs
-    if tile.persistent:
-        programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = min(num_m_blocks * num_pairs, processors)
+    heads_per_group = min(num_pairs, programs // math.gcd(programs, num_m_blocks))  # a group takes whole rounds
     scalars = (
         softmax_scale * LOG2_E.value,
         num_heads,
@@ -405,10 +421,8 @@ def launch(
         seqlen_q,
         seqlen_k,
         tile.consumers,
-        tile.q_stages,
         tile.stages,
         causal,
-        tile.ping_pong,
         tile.registers,
     )
     # Four warps are one warpgroup: the others are added by gl.warp_specialize.

@@ -78,10 +78,10 @@ class Ring:
         return self.data.index(i % STAGES)
 
     @gluon.jit
-    def release(self, i):
-        """This warpgroup needs tile i no longer."""
+    def release(self, i, pred=True):
+        """This warpgroup needs tile i no longer (if pred)."""
         STAGES: gl.constexpr = self.data.shape[0]
-        mbarrier.arrive(self.empty.index(i % STAGES), count=1)
+        mbarrier.arrive(self.empty.index(i % STAGES), count=1, pred=pred)
 
 
 @gluon.jit
