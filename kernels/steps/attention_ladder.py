@@ -195,14 +195,13 @@ def _hopper_kernels() -> Sequence[Compilation]:
 
     from kernels.flash_attention import gluon_forward
 
-    tile = gluon_forward.choose_tile(128, True, 4096)
+    tile = gluon_forward.TILES[128, True]
     kernel = gluon_forward.forward_kernel
     types = {"lse_ptr": "*fp32", "scale_log2": "fp32"}
     for name, rows in (("q", 64), ("k", tile.block_n), ("v", tile.block_n), ("out", 64)):
         layout = gl.NVMMASharedLayout.get_default_for([rows, 128], gl.bfloat16)
         types[f"{name}_desc"] = f"tensordesc<bf16[1, 1, {rows}, 128],{layout!r}>"
-    constants = {"CONSUMERS": tile.consumers, "Q_STAGES": 2 if tile.persistent else 1, "STAGES": tile.stages}
-    constants |= {"CAUSAL": True, "REGISTERS": tile.registers}
+    constants = {"CONSUMERS": tile.consumers, "STAGES": tile.stages, "CAUSAL": True, "REGISTERS": tile.registers}
     types |= dict.fromkeys(set(kernel.arg_names) - set(types) - set(constants), "i32")
     return [Compilation(kernel=kernel, types=types, constants=constants, num_warps=4, capability=HOPPER)]
 
