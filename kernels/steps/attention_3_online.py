@@ -26,22 +26,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_M, BLOCK_N, NUM_WARPS = 64, 32, 8
-SLICE = 32  # of head_dim, as in step 1
+BLOCK_M, BLOCK_N, NUM_WARPS = 64, 32, 4
+SLICE_D = 16  # of head_dim, as in step 1
 
 
 @triton.jit
 def scores(
     q_ptr, k_ptr, offs_m, offs_n, seqlen, softmax_scale,
-    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of S [BLOCK_M, BLOCK_N]; -inf where a query does not see a key."""
+    """A tile of S [BLOCK_M, BLOCK_N], of q and k (head_dim, seqlen); -inf where a query does not see a key."""
     s = tl.zeros([offs_m.shape[0], offs_n.shape[0]], tl.float32)
-    for d_start in range(0, HEAD_DIM, BLOCK_D):
-        offs_d = d_start + tl.arange(0, BLOCK_D)
-        q = tl.load(q_ptr + offs_m[:, None] * HEAD_DIM + offs_d[None, :], mask=offs_m[:, None] < seqlen, other=0.0)
-        k = tl.load(k_ptr + offs_n[:, None] * HEAD_DIM + offs_d[None, :], mask=offs_n[:, None] < seqlen, other=0.0)
-        s += tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
+    for d_start in range(0, HEAD_DIM, SLICE_D):
+        offs_d = d_start + tl.arange(0, SLICE_D)
+        q = tl.load(q_ptr + offs_d[:, None] * seqlen + offs_m[None, :], mask=offs_m[None, :] < seqlen, other=0.0)
+        k = tl.load(k_ptr + offs_d[:, None] * seqlen + offs_n[None, :], mask=offs_n[None, :] < seqlen, other=0.0)
+        s += tl.dot(tl.trans(q.to(tl.float32)), k.to(tl.float32), input_precision="ieee")
     visible = offs_n[None, :] < seqlen
     if CAUSAL:
         visible = visible & (offs_n[None, :] <= offs_m[:, None])
@@ -61,7 +61,7 @@ def online_softmax(s, row_max, row_sum):
 @triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, seqlen, softmax_scale,
-    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE_D: tl.constexpr,
 ):  # fmt: skip
     """One program, BLOCK_M queries. Grid: (blocks of queries, heads of all sequences)."""
     head = tl.program_id(1).to(tl.int64) * seqlen * HEAD_DIM
@@ -74,10 +74,10 @@ def attend(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for n_start in range(0, seqlen, BLOCK_N):
         offs_n = n_start + tl.arange(0, BLOCK_N)
-        s = scores(q_ptr, k_ptr, offs_m, offs_n, seqlen, softmax_scale, CAUSAL, HEAD_DIM, BLOCK_D)
+        s = scores(q_ptr, k_ptr, offs_m, offs_n, seqlen, softmax_scale, CAUSAL, HEAD_DIM, SLICE_D)
         p, row_max, row_sum, share = online_softmax(s, row_max, row_sum)
         v = tl.load(v_ptr + offs_n[:, None] * HEAD_DIM + offs_d[None, :], mask=offs_n[:, None] < seqlen, other=0.0)
-        acc = acc * share[:, None] + tl.dot(p, v.to(tl.float32), input_precision="ieee")
+        acc = tl.dot(p, v.to(tl.float32), acc * share[:, None], input_precision="ieee")
 
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offs_m[:, None] * HEAD_DIM + offs_d[None, :], out, mask=offs_m[:, None] < seqlen)
@@ -86,9 +86,10 @@ def attend(
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
     """q, k, v (batch, num_heads, seqlen, head_dim), contiguous -> out, likewise."""
     batch, num_heads, seqlen, head_dim = q.shape
+    q_t, k_t = q.mT.contiguous(), k.mT.contiguous()  # (batch, num_heads, head_dim, seqlen), as in step 1
     out = torch.empty_like(q)
     attend[(triton.cdiv(seqlen, BLOCK_M), batch * num_heads)](
-        q, k, v, out, seqlen, head_dim**-0.5, causal, head_dim, BLOCK_M, BLOCK_N, min(SLICE, head_dim),
+        q_t, k_t, v, out, seqlen, head_dim**-0.5, causal, head_dim, BLOCK_M, BLOCK_N, SLICE_D,
         num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     return out

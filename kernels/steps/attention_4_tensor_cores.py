@@ -10,7 +10,8 @@ core multiplies tiles of bf16 or fp16 numbers and adds them up in fp32, in one i
 In Triton it is the same `tl.dot`. What differs is what it is given: bf16 tiles as they come from memory, P rounded to
 the dtype of V, and no "ieee", which only fp32 operands have. The unit reads its operands from shared memory, so that
 whole tiles can be multiplied, and Q need not be loaded again for every tile of keys. The sums remain fp32: what is
-rounded is P, with a relative error of 2^-9 in bf16, as torch's own bf16 attention rounds it.
+rounded is P, with a relative error of 2^-9 in bf16, as torch's own bf16 attention rounds it. Nothing is transposed
+first: the compiler lays tiles out in shared memory in the order that keeps this unit's reads out of one another's way.
 
               keys ->
     queries   S S S S      S = dot(Q, K_j^T)      [BLOCK_M, HEAD_DIM] x [HEAD_DIM, BLOCK_N]

@@ -67,12 +67,12 @@ def _gpu_steps() -> Sequence[Step]:
             predicted_gain=None,
             why="where the ladder starts.",
             run=checked(attention_1_classic.attention),
-            bytes_moved=lambda b, h, s, d: b * h * (4 * 4.0 * s * s + _tensors(s, d)),
+            bytes_moved=lambda b, h, s, d: b * h * (4 * 4.0 * s * s + _transposed_first(s, d)),
             flops=lambda b, h, s, d: b * h * 4.0 * s * s * d,
             kernels=lambda: [
                 _compilation(attention_1_classic.scores, attention_1_classic),
                 _compilation(attention_1_classic.softmax, attention_1_classic, BLOCK=4096),
-                _compilation(attention_1_classic.values, attention_1_classic, BLOCK_N=attention_1_classic.SLICE),
+                _compilation(attention_1_classic.values, attention_1_classic),
             ],
         ),
         Step(
@@ -82,7 +82,7 @@ def _gpu_steps() -> Sequence[Step]:
             predicted_gain=0.6,
             why="17 GB less to move (4 ms), but twice the operations (16 ms more, at half of 67 TFLOP/s).",
             run=checked(attention_2_fused.attention),
-            bytes_moved=lambda b, h, s, d: b * h * _tensors(s, d),
+            bytes_moved=lambda b, h, s, d: b * h * _transposed_first(s, d),
             flops=lambda b, h, s, d: b * h * 8.0 * s * s * d,
             kernels=lambda: [_compilation(attention_2_fused.attend, attention_2_fused)],
         ),
@@ -93,7 +93,7 @@ def _gpu_steps() -> Sequence[Step]:
             predicted_gain=2.0,
             why="S once in place of three times: half of the operations.",
             run=checked(attention_3_online.attention),
-            bytes_moved=lambda b, h, s, d: b * h * _tensors(s, d),
+            bytes_moved=lambda b, h, s, d: b * h * _transposed_first(s, d),
             flops=lambda b, h, s, d: b * h * 4.0 * s * s * d,
             kernels=lambda: [_compilation(attention_3_online.attend, attention_3_online)],
         ),
@@ -150,6 +150,11 @@ def _tensors(seqlen: int, head_dim: int) -> float:
     return 4 * 2.0 * seqlen * head_dim
 
 
+def _transposed_first(seqlen: int, head_dim: int) -> float:
+    """The same, and q and k each read and written once more."""
+    return 2 * _tensors(seqlen, head_dim)
+
+
 def _out_of(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
     """The same, without lse."""
     return lambda q, k, v, causal=True: function(q, k, v, causal)[0]
@@ -173,7 +178,7 @@ _TYPES = {
 def _compilation(kernel: Any, module: Any, **others: int) -> Compilation:
     """At the headline size, with the module's own tile."""
     constants = {"CAUSAL": True, "HEAD_DIM": 128, "BLOCK_M": module.BLOCK_M, "BLOCK_N": module.BLOCK_N}
-    constants |= {"BLOCK_D": getattr(module, "SLICE", None), **others}
+    constants |= {name: getattr(module, name) for name in ("SLICE_D", "SLICE_N") if hasattr(module, name)} | others
     types = {name: _TYPES[name] for name in kernel.arg_names if name in _TYPES}
     constants = {name: constants[name] for name in kernel.arg_names if name not in types}
     return Compilation(kernel=kernel, types=types, constants=constants, num_warps=module.NUM_WARPS, num_stages=1)

@@ -35,7 +35,7 @@ LADDERS = ("attention", "top-K")
 # batch, num_heads, seqlen, head_dim
 ATTENTION_SIZE = {"cuda": (4, 16, 4096, 128), "cpu": (1, 8, 1024, 64)}
 ATTENTION_DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
-ATTENTION_PEERS = ("FA-2", "cuDNN", "Flex")
+ATTENTION_PEERS = {"classic": "classic, in torch", "FA-2": "FA-2", "cuDNN": "cuDNN", "Flex": "FlexAttention"}
 # rows, n, k: a model's logits, and the recipe's benchmark
 TOP_K_SIZES = {"cuda": ((256, 128_256, 50), (30_000, 32, 32)), "cpu": ((64, 50_304, 50), (30_000, 32, 32))}
 
@@ -48,6 +48,7 @@ class Rung:
     number: int | None  # None: a peer
     seconds: float | None  # None: it does not run here, and `note` says why
     bytes_moved: float | None = None  # of a peer they are not known
+    flops: float | None = None  # done, which may be more than the answer takes; likewise
     gain: float | None = None  # times as fast as the step before
     predicted_gain: float | None = None  # said beforehand, for the first size alone
     why: str = ""  # it was predicted
@@ -70,10 +71,18 @@ def run(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(prog="toy-lm bench ladder", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--ladders", nargs="+", choices=LADDERS, default=LADDERS, metavar="LADDER", help="%(choices)s")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=ATTENTION_PEERS,
+        default=list(ATTENTION_PEERS),
+        metavar="PEER",
+        help="of attention on a GPU: %(choices)s",
+    )
     parser.add_argument("--milliseconds", type=float, default=100.0, help="spent on each measurement")
     parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for ladder.json and the pictures")
     options = parser.parse_args(arguments)
-    bench(options.device, options.ladders, options.milliseconds, options.out)
+    bench(options.device, options.ladders, options.milliseconds, options.out, peers=options.peers)
 
 
 def bench(
@@ -82,6 +91,7 @@ def bench(
     milliseconds: float = 100.0,
     out: str | pathlib.Path = "runs/bench",
     log: Callable[[str], None] = print,
+    peers: Sequence[str] = tuple(ATTENTION_PEERS),
 ) -> list[Ladder]:
     """Measure, print a table for each size, write ladder.json and (with matplotlib) ladder-*.png into `out`."""
     where, folder = pick_device(device), pathlib.Path(out)
@@ -89,7 +99,7 @@ def bench(
     log(kernels.load(where).line)
     ceilings = measure_ceilings(where, milliseconds)
     log("measured ceilings: " + ", ".join(f"{name} {value / 1e9:,.0f} G/s" for name, value in ceilings.items()))
-    makers = {"attention": attention_ladders, "top-K": top_k_ladders}
+    makers = {"attention": functools.partial(attention_ladders, names=peers), "top-K": top_k_ladders}
     measured: list[Ladder] = []
     for name in ladders:
         for ladder in makers[name](where, milliseconds, ceilings):
@@ -157,6 +167,7 @@ def measure_rungs(
                 number=step.number,
                 seconds=taken,
                 bytes_moved=step.bytes_moved(*sizes) if taken else None,
+                flops=step.flops(*sizes) if taken else None,
                 gain=before / taken if before and taken else None,
                 predicted_gain=step.predicted_gain if is_headline else None,
                 why=step.why if is_headline else "",
@@ -167,12 +178,17 @@ def measure_rungs(
     return rungs + [Rung(name=name, number=None, seconds=seconds[name]) for name in peers]
 
 
-def attention_ladders(device: torch.device, milliseconds: float, ceilings: Mapping[str, float]) -> list[Ladder]:
-    """Attention forward, causal, at one size."""
+def attention_ladders(
+    device: torch.device,
+    milliseconds: float,
+    ceilings: Mapping[str, float],
+    names: Sequence[str] = tuple(ATTENTION_PEERS),
+) -> list[Ladder]:
+    """Attention forward, causal, at one size, beside the peers of these names."""
     shape, dtype = ATTENTION_SIZE[device.type], ATTENTION_DTYPE[device.type]
     batch, num_heads, seqlen, head_dim = shape
     q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
-    peers = attention_peers(device, seqlen)
+    peers = attention_peers(device, seqlen, names)
     flops = 2.0 * batch * num_heads * seqlen**2 * head_dim  # two products, half of each: causal
     floor = max(flops / ceilings["matmul"], 4 * q.nbytes / ceilings["memory"])
     size = f"batch {batch}, {num_heads} heads of {head_dim}, seqlen {seqlen}, causal, {str(dtype)[6:]}"
@@ -187,11 +203,14 @@ def attention_ladders(device: torch.device, milliseconds: float, ceilings: Mappi
     return [Ladder(ladder="attention", size=size, flops=flops, floor=floor, rungs=rungs)]
 
 
-def attention_peers(device: torch.device, seqlen: int) -> dict[str, Callable]:
+def attention_peers(device: torch.device, seqlen: int, names: Sequence[str]) -> dict[str, Callable]:
     if device.type == "cpu":
-        return {"torch SDPA": functools.partial(F.scaled_dot_product_attention, is_causal=True)}
-    found = implementations(ATTENTION_PEERS, True, seqlen)
-    return {name: found[name] for name in ATTENTION_PEERS if name in found}
+        return {
+            "classic, in torch": functools.partial(kernels.classic_attention, causal=True),
+            "torch SDPA": functools.partial(F.scaled_dot_product_attention, is_causal=True),
+        }
+    found = implementations(names, True, seqlen)
+    return {ATTENTION_PEERS[name]: found[name] for name in names if name in found}
 
 
 def top_k_ladders(device: torch.device, milliseconds: float, ceilings: Mapping[str, float]) -> list[Ladder]:
@@ -220,25 +239,38 @@ def rate(ladder: Ladder, rung: Rung) -> tuple[float, str] | None:
     return None if rung.bytes_moved is None else (rung.bytes_moved / rung.seconds / 1e9, "GB/s")
 
 
+COLUMNS = ("step", "time", "rate", "operations", "bytes moved", "gain", "predicted", "share of the ceiling")
+
+
+def columns(ladder: Ladder) -> list[str]:
+    """Of its table: operations where they count, predictions where there are some."""
+    absent = set() if ladder.flops else {"operations"}
+    if not any(rung.predicted_gain for rung in ladder.rungs):
+        absent.add("predicted")
+    return [column for column in COLUMNS if column not in absent]
+
+
+def cells(ladder: Ladder, rung: Rung) -> dict[str, str]:
+    """A rung's line of the table, by column."""
+    reached = rate(ladder, rung)
+    return {
+        "step": rung.name if rung.number is None else f"{rung.number}. {rung.name}",
+        "time": "-" if rung.seconds is None else duration(rung.seconds),
+        "rate": "-" if reached is None else f"{reached[0]:,.4g} {reached[1]}",
+        "operations": "-" if rung.flops is None else f"{rung.flops / 1e9:,.4g} G",
+        "bytes moved": "-" if rung.bytes_moved is None else f"{rung.bytes_moved / 1e6:,.4g} MB",
+        "gain": "-" if rung.gain is None else times(rung.gain),
+        "predicted": "-" if rung.predicted_gain is None else f"{rung.predicted_gain:.2g}x",
+        "share of the ceiling": "-" if rung.seconds is None else f"{100 * ladder.floor / rung.seconds:.1f} %",
+    }
+
+
 def table(ladder: Ladder) -> str:
     """A Markdown table of one ladder at one size, peers below the steps, and what a step's note says."""
-    header = ("step", "time", "rate", "bytes moved", "gain", "predicted", "share of the ceiling")
-    lines = [header, ("---",) * len(header)]
-    for rung in ladder.rungs:
-        name = rung.name if rung.number is None else f"{rung.number}. {rung.name}"
-        reached = rate(ladder, rung)
-        lines.append(
-            (
-                name,
-                "-" if rung.seconds is None else duration(rung.seconds),
-                "-" if reached is None else f"{reached[0]:,.4g} {reached[1]}",
-                "-" if rung.bytes_moved is None else f"{rung.bytes_moved / 1e6:,.4g} MB",
-                "-" if rung.gain is None else times(rung.gain),
-                "-" if rung.predicted_gain is None else f"{rung.predicted_gain:.2g}x",
-                "-" if rung.seconds is None else f"{100 * ladder.floor / rung.seconds:.1f} %",
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    header = columns(ladder)
+    rungs = [cells(ladder, rung) for rung in ladder.rungs]
+    lines = [header, ["---"] * len(header), *([one[column] for column in header] for one in rungs)]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(header))]
     rows = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
     notes = [f"{rung.number}. does not run: {rung.note}" for rung in ladder.rungs if rung.note]
     whys = [f"{rung.number}. predicted: {rung.why}" for rung in ladder.rungs if rung.predicted_gain]
