@@ -99,7 +99,10 @@ def bench(
     log(kernels.load(where).line)
     ceilings = measure_ceilings(where, milliseconds)
     log("measured ceilings: " + ", ".join(f"{name} {value / 1e9:,.0f} G/s" for name, value in ceilings.items()))
-    makers = {"attention": functools.partial(attention_ladders, names=peers), "top-K": top_k_ladders}
+    makers: dict[str, Callable[..., list[Ladder]]] = {
+        "attention": functools.partial(attention_ladders, names=peers),
+        "top-K": top_k_ladders,
+    }
     measured: list[Ladder] = []
     for name in ladders:
         for ladder in makers[name](where, milliseconds, ceilings):
