@@ -11,7 +11,8 @@
 // A product holds kRows weight rows against kColumns sequences in registers, so that a weight that was read serves every
 // sequence of the tile. An output is a sum over the inner dimension, lane by lane and then across lanes, in an order that
 // depends on neither the batch nor the number of threads. Weights and caches are fp32 or bf16, widened to fp32 when
-// loaded; everything else is fp32.
+// loaded; everything else is fp32. Where the machine multiplies pairs of bf16 faster (AMX), it does so for bf16 weights,
+// at every batch size, and the sequences are rounded to bf16 for it.
 //
 // Knows torch's stable ABI and the vectors of microkernels.h; knows nothing of how it is compiled (load.py).
 
@@ -46,10 +47,14 @@ inline void narrow(float x, BFloat16* to) { to->bits = torch::headeronly::BFloat
 inline Vec<float> widen(const float* p) { return load<float>(p); }
 
 inline Vec<float> widen(const BFloat16* p) {
+#if !defined(TOY_LM_PLAIN) && defined(__AVX512F__)  // gcc widens the two halves apart
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
   typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
   Half bits;
   std::memcpy(&bits, p, sizeof bits);
   return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+#endif
 }
 
 // The sum of x's lanes: halves added to halves, which takes a few vector operations where lane by lane takes kLanes.
@@ -155,31 +160,82 @@ void multiply_range(const T* w, int64_t begin, int64_t end, const float* x, int6
     multiply_rows<1>(w + n * size, size, x, batch, size, [&](int64_t b, auto& out, int c) { use(n, b, out[0][c]); });
 }
 
+#if defined(TOY_LM_BF16_PAIRS)
+// The same for bf16 weights where the machine multiplies pairs of them: x is rounded to bf16, `pairs` has it as
+// [size / 2][columns][2] with columns = batch rounded up to 16, and all sequences go through the tiles at once.
+constexpr int64_t kPairRows = 32;
+
+inline bool in_pairs(int64_t size) { return size % 32 == 0 && Bf16PairProducts::worthwhile(); }
+
+template <class F>
+void multiply_pairs(const BFloat16* w, int64_t begin, int64_t end, const std::vector<uint32_t>& pairs, int64_t batch,
+                    int64_t size, const F& use) {
+  [[maybe_unused]] const Bf16PairProducts::Session session;
+  const int64_t columns = (batch + 15) / 16 * 16;
+  std::vector<float> products(kPairRows * columns), by_sequence(columns * kPairRows);
+  for (int64_t n = begin; n < end; n += kPairRows) {
+    const int64_t rows = std::min(kPairRows, end - n);
+    Bf16PairProducts::multiply(rows, columns, size, {w + n * size, size, 1}, reinterpret_cast<const BFloat16*>(pairs.data()),
+                               columns, products.data(), columns, true);
+    if (batch < 4) {
+      for (int64_t b = 0; b < batch; ++b)
+        for (int64_t r = 0; r < rows; ++r) use(n + r, b, products[r * columns + b]);
+    } else {
+      transpose(products.data(), columns, rows, batch, by_sequence.data(), kPairRows);
+      for (int64_t b = 0; b < batch; ++b)
+        for (int64_t r = 0; r < rows; ++r) use(n + r, b, by_sequence[b * kPairRows + r]);
+    }
+  }
+}
+
+void pack_pairs(const float* x, int64_t batch, int64_t size, std::vector<uint32_t>& pairs) {
+  const int64_t columns = (batch + 15) / 16 * 16, half = size / 2;
+  std::vector<uint32_t> by_sequence(batch * half);
+  for (int64_t i = 0; i < batch * size; i += 32) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)load(x + i + 16), (__m512)load(x + i));
+    std::memcpy(&by_sequence[i / 2], &both, sizeof both);
+  }
+  pairs.resize(half * columns);
+  transpose(by_sequence.data(), half, batch, half, pairs.data(), columns);
+}
+#endif
+
 template <class T, class F>
 void multiply(const T* w, int64_t rows, const float* x, int64_t batch, int64_t size, const F& use) {
-  const int64_t tiles = (rows + kRows - 1) / kRows, grain = std::max<int64_t>(1, kGrain / (kRows * size));
+  int64_t first = 0;  // of the rows that are not multiplied in pairs
+#if defined(TOY_LM_BF16_PAIRS)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (in_pairs(size)) {
+      first = rows / 16 * 16;
+      std::vector<uint32_t> pairs;
+      pack_pairs(x, batch, size, pairs);
+      const int64_t tiles = (first + kPairRows - 1) / kPairRows;
+      const int64_t grain = std::max<int64_t>(1, 4 * kGrain / (kPairRows * size));  // these cost a quarter
+      torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+        multiply_pairs(w, begin * kPairRows, std::min(first, end * kPairRows), pairs, batch, size, use);
+      });
+    }
+  }
+#endif
+  const int64_t tiles = (rows - first + kRows - 1) / kRows, grain = std::max<int64_t>(1, kGrain / (kRows * size));
+  if (tiles == 0) return;
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-    multiply_range(w, begin * kRows, std::min(rows, end * kRows), x, batch, size, use);
+    multiply_range(w, first + begin * kRows, std::min(rows, first + end * kRows), x, batch, size, use);
   });
 }
 
-// hidden[b][n] = silu(gate) * up with gate = w[n] . x[b] and up = w[rows + n] . x[b]; `ups` has hidden's size.
-template <class T>
-void multiply_gated(const T* w, int64_t rows, const float* x, int64_t batch, int64_t size, float* hidden, float* ups) {
-  const int64_t tiles = (rows + kRows - 1) / kRows, grain = std::max<int64_t>(1, kGrain / (2 * kRows * size));
-  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin_tile, int64_t end_tile) {
-    const int64_t begin = begin_tile * kRows, end = std::min(rows, end_tile * kRows);
-    multiply_range(w, begin, end, x, batch, size, [&](int64_t n, int64_t b, float gate) { hidden[b * rows + n] = gate; });
-    multiply_range(w + rows * size, begin, end, x, batch, size, [&](int64_t n, int64_t b, float up) { ups[b * rows + n] = up; });
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t n = begin; n < end; n += kLanes) {
-        float gates[kLanes] = {}, products[kLanes] = {};
-        const size_t bytes = std::min<int64_t>(kLanes, end - n) * sizeof(float);
-        std::memcpy(gates, hidden + b * rows + n, bytes);
-        std::memcpy(products, ups + b * rows + n, bytes);
-        const Vec<float> gate = load(gates);
-        store(products, gate / (1.0f + exp2(gate * -float(kLog2E))) * load(products));
-        std::memcpy(hidden + b * rows + n, products, bytes);
+// hidden[b][n] = silu(gate) * up, from what the products left: [batch][2 rows], the gates before the ups.
+void gate(const float* products, int64_t rows, int64_t batch, float* hidden) {
+  torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / rows), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      for (int64_t n = 0; n < rows; n += kLanes) {
+        float gates[kLanes] = {}, ups[kLanes] = {};
+        const size_t bytes = std::min<int64_t>(kLanes, rows - n) * sizeof(float);
+        std::memcpy(gates, products + b * 2 * rows + n, bytes);
+        std::memcpy(ups, products + (b * 2 + 1) * rows + n, bytes);
+        const Vec<float> x = load(gates);
+        store(ups, x / (1.0f + exp2(x * -float(kLog2E))) * load(ups));
+        std::memcpy(hidden + b * rows + n, ups, bytes);
       }
     }
   });
@@ -233,6 +289,17 @@ void attend(const float* q, const T* k, const T* v, int64_t seqlen, int64_t head
   }
   const float factor = 1.0f / row_sum;
   int64_t d = 0;
+  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
+    Vec<float> sums[2][4] = {};  // even and odd keys apart, so that one addition does not wait for the other
+    const T* column = v + d;
+    int64_t j = 0;
+    for (; j + 2 <= seqlen; j += 2)
+      for (int odd = 0; odd < 2; ++odd)
+        for (int i = 0; i < 4; ++i) sums[odd][i] += widen(column + (j + odd) * head_dim + i * kLanes) * p[j + odd];
+    if (j < seqlen)
+      for (int i = 0; i < 4; ++i) sums[0][i] += widen(column + j * head_dim + i * kLanes) * p[j];
+    for (int i = 0; i < 4; ++i) store(out + d + i * kLanes, (sums[0][i] + sums[1][i]) * factor);
+  }
   for (; d + kLanes <= head_dim; d += kLanes) {
     Vec<float> sums[4] = {};  // four chains of additions, so that one does not wait for the other
     int64_t j = 0;
@@ -308,7 +375,7 @@ Tensor run(const Arguments& a) {
   const int64_t batch = a.batch(), dim = a.model_dim(), mlp_dim = a.mlp_dim(), vocab_size = a.embedding.size(0);
   const int64_t attended = a.num_heads() * a.head_dim(), projected = a.qkv.size(1);
   std::vector<float> x(batch * dim), normed(batch * dim), qkv(batch * projected), out(batch * attended), hidden(batch * mlp_dim);
-  std::vector<float> ups(batch * mlp_dim);
+  std::vector<float> gated(batch * 2 * mlp_dim);
   for (int64_t b = 0; b < batch; ++b) {
     const T* row = data<T>(a.embedding) + data<int64_t>(a.token_ids)[b] * dim;
     for (int64_t i = 0; i < dim; ++i) x[b * dim + i] = to_float(row[i]);
@@ -324,7 +391,9 @@ Tensor run(const Arguments& a) {
     attention_pass<T>(a, layer, qkv, out);
     multiply(data<T>(a.o) + layer * dim * attended, dim, out.data(), batch, attended, add);
     norm_all(data<T>(a.post_norm) + layer * dim);
-    multiply_gated(data<T>(a.gate_up) + layer * 2 * mlp_dim * dim, mlp_dim, normed.data(), batch, dim, hidden.data(), ups.data());
+    multiply(data<T>(a.gate_up) + layer * 2 * mlp_dim * dim, 2 * mlp_dim, normed.data(), batch, dim,
+             [&](int64_t n, int64_t b, float value) { gated[b * 2 * mlp_dim + n] = value; });
+    gate(gated.data(), mlp_dim, batch, hidden.data());
     multiply(data<T>(a.down) + layer * dim * mlp_dim, dim, hidden.data(), batch, mlp_dim, add);
   }
   norm_all(data<T>(a.final_norm));
