@@ -147,19 +147,19 @@ class Decoder:
         count = min([count, *room])
         drawn: list[Tensor] = []
         while count:
-            steps = _STEPS_PER_GRAPH if self.captures and self.num_eager and count >= _STEPS_PER_GRAPH else 1
-            new, logits = self._steps(steps)
-            drawn.append(new.clone() if steps > 1 or self.captures else new)
-            count -= steps
+            new, logits = self._steps(count)
+            drawn.append(new)
+            count -= new.shape[1]
         self.unread += drawn
         self.num_unread += sum(new.shape[1] for new in drawn)
         return torch.cat(drawn, dim=1), logits
 
-    def _steps(self, count: int) -> tuple[Tensor, Tensor]:
-        """The tokens (batch, count) of some steps and the logits of the last."""
+    def _steps(self, most: int) -> tuple[Tensor, Tensor]:
+        """The tokens (batch, count) of some steps, not more than `most`, and the logits of the last."""
         if not self.captures or self.num_eager < _STEPS_BEFORE_CAPTURE:
             self.num_eager += 1
             return self._step_eagerly()
+        count = _STEPS_PER_GRAPH if most >= _STEPS_PER_GRAPH else 1
         if count not in self.graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -167,7 +167,7 @@ class Decoder:
                 self.graphs[count] = graph, torch.cat([new for new, _ in outcomes], dim=1), outcomes[-1][1]
         graph, new, logits = self.graphs[count]
         graph.replay()
-        return new, logits
+        return new.clone(), logits
 
     def _step_eagerly(self) -> tuple[Tensor, Tensor]:
         cache, sampling = self.cache, self.sampling
