@@ -209,6 +209,10 @@ class Transformer(nn.Module):
 
         Raises ValueError if the tokens exceed max_seqlen or the cache's capacity.
         """
+        return self.model.norm(self.decoded(token_ids, cache))
+
+    def decoded(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The last layer's output (batch, seqlen, model_dim), before the norm."""
         _, seqlen = token_ids.shape
         if seqlen > self.config.max_seqlen:
             raise ValueError(f"token_ids: got {seqlen} tokens, the model's context holds {self.config.max_seqlen}")
@@ -225,8 +229,13 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for number, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, cache, number, positions, prefill)
-        return self.model.norm(x)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., model_dim) -> (..., vocab_size), by the tied embedding."""
         return F.linear(hidden, self.model.embed_tokens.weight)
+
+    def losses(self, decoded: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each target, (batch * seqlen,) fp32, of what `decoded` gave and targets (batch, seqlen) int64."""
+        logits = self.logits(self.model.norm(decoded))
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toy_lm.config import TrainConfig
@@ -33,7 +32,7 @@ class TrainStep:
 
     rate         the learning rate of a step, a number
     autocast     what matrices are multiplied in; None is fp32
-    compile      fuse the layers' small ops with torch.compile
+    compile      fuse the small ops of the layers, the losses and the optimizer with torch.compile
     workers      with whom each batch is shared out
 
     Raises ValueError if the batch cannot be shared out evenly.
@@ -60,9 +59,11 @@ class TrainStep:
                 f"grad_accumulation = {config.grad_accumulation}"
             )
         self.autocast = autocast
+        self.output_losses = model.losses
         if compile:
             for layer in model.model.layers:
                 layer.compile(fullgraph=True, dynamic=False)  # compiled once, used by each
+            self.output_losses = torch.compile(model.losses, fullgraph=True, dynamic=False)
         self.begin = self.next_step = self.end = 0  # the first step laid out, the one to do, the one after the last
         shape = (TABLE, config.batch_size // workers.count, config.seqlen + 1)
         self.tokens = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -89,10 +90,16 @@ class TrainStep:
         self.next_step = step + 1
 
     def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Nats of each target, (batch * seqlen,) fp32, of inputs and targets (batch, seqlen) int64."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            logits = self.model(inputs)  # (batch, seqlen, vocab_size)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        """Nats of each target, (batch * seqlen,) fp32, of inputs and targets (batch, seqlen) int64.
+
+        Without gradients nothing is compiled: an evaluation is short, and its batches differ in size.
+        """
+        plain = not torch.is_grad_enabled()
+        with (
+            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
+            torch.compiler.set_stance("force_eager") if plain else contextlib.nullcontext(),
+        ):
+            return self.output_losses(self.model.decoded(inputs), targets)
 
     def read(self) -> list[list[float]]:
         """[loss, gradient norm] of every step since the last call; waits for the device."""

@@ -200,7 +200,7 @@ class Trainer:
         train_ids, validation_ids = data.split(token_ids, self.config.validation_fraction, self.config.seqlen)
         self.train_windows = data.Windows(train_ids, self.config.seqlen, device)
         self.validation_windows = data.Windows(validation_ids, self.config.seqlen, device)
-        self.optimizer = Optimizer(self.model, self.config, device)
+        self.optimizer = Optimizer(self.model, self.config, device, compile=execution.compile)
         rate = functools.partial(learning_rate, config=self.config)
         self.train_step = TrainStep(
             self.model,

@@ -88,7 +88,7 @@ def _this_project(chosen: Preset, windows: data.Windows, device: torch.device, s
     model = Transformer(chosen.model, "fused", config.dropout).to(device)
     step = TrainStep(
         model,
-        Optimizer(model, config, device),
+        Optimizer(model, config, device, compile=device.type == "cuda"),
         windows,
         config,
         functools.partial(learning_rate, config=config),
@@ -99,8 +99,7 @@ def _this_project(chosen: Preset, windows: data.Windows, device: torch.device, s
 
     def losses(inputs: Tensor, targets: Tensor) -> Tensor:
         model.eval()
-        with torch.compiler.set_stance("force_eager"):
-            values = step.losses(inputs, targets)
+        values = step.losses(inputs, targets)
         model.train()
         return values
 
