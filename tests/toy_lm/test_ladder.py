@@ -1,5 +1,6 @@
 """`bench ladder` and `info --ptx`: every step and peer in the table, the JSON and the picture; the counts are right."""
 
+import dataclasses
 import json
 
 import pytest
@@ -12,16 +13,16 @@ from toy_lm.bench.ladder import Ladder, Rung, bench, duration, plot, table
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.ATTENTION_SIZE, "cpu", (1, 2, 16, 8))
+    monkeypatch.setitem(module.ATTENTION_SIZE, "cpu", (1, 2, 16, 16))
     monkeypatch.setitem(module.TOP_K_SIZES, "cpu", ((3, 700, 4), (5, 40, 7)))
     monkeypatch.setattr(module, "measure_ceilings", lambda device, milliseconds: {"matmul": 1e11, "memory": 1e10})
 
 
 def test_every_step_and_peer_is_measured(tiny: None, tmp_path):
     lines: list[str] = []
-    measured = bench("cpu", ["top-K"], milliseconds=1.0, out=tmp_path, log=lines.append)
+    measured = bench("cpu", ["attention", "top-K"], milliseconds=1.0, out=tmp_path, log=lines.append)
     contents = json.loads((tmp_path / "ladder.json").read_text())
-    assert [one["ladder"] for one in contents["ladders"]] == ["top-K", "top-K"]
+    assert [one["ladder"] for one in contents["ladders"]] == ["attention", "top-K", "top-K"]
     assert contents["ceilings"] == {"matmul": 1e11, "memory": 1e10}
     for ladder in measured:
         numbers = [rung.number for rung in ladder.rungs if rung.number is not None]
@@ -36,8 +37,8 @@ def test_every_step_and_peer_is_measured(tiny: None, tmp_path):
         printed = table(ladder)
         assert printed in "\n".join(lines)
         assert printed.count("\n| ") == len(ladder.rungs) + 2  # the names of the columns, and the line below them
-    assert [rung.note for rung in measured[1].rungs if rung.note] == ["a row of fewer than K groups is not cut"]
-    for name in ("top-k",):
+    assert [rung.note for rung in measured[2].rungs if rung.note] == ["a row of fewer than K groups is not cut"]
+    for name in ("attention", "top-k"):
         picture = tmp_path / f"ladder-{name}.png"
         if picture.exists():
             assert picture.read_bytes().startswith(b"\x89PNG")
@@ -61,8 +62,10 @@ def test_figures_follow_from_the_time(tmp_path):
     assert cells["3. elsewhere"] == ["-"] * 6
     assert cells["peer"] == ["2 ms", "-", "-", "-", "-", "25.0 %"]
     assert lines[-2:] == ["2. predicted: half the bytes", "3. does not run: needs another machine"]
-    counted = table(Ladder(ladder="attention", size="tiny", flops=4e9, floor=5e-4, rungs=rungs))
-    assert "4 TFLOP/s" in counted and "1 TFLOP/s" in counted
+    rungs[0] = dataclasses.replace(rungs[0], flops=8e9)  # twice what the answer takes
+    counted = table(Ladder(ladder="attention", size="tiny", flops=4e9, floor=5e-4, rungs=rungs)).splitlines()
+    assert [cell.strip() for cell in counted[4].split("|")[1:6]] == ["1. slow", "4 ms", "1 TFLOP/s", "8 G", "8 MB"]
+    assert "4 TFLOP/s" in counted[5]
     pytest.importorskip("matplotlib")
     plot(tmp_path / "ladder.png", [Ladder(ladder="top-K", size="tiny", flops=0.0, floor=5e-4, rungs=rungs)])
     assert (tmp_path / "ladder.png").stat().st_size > 1000
@@ -117,3 +120,13 @@ def test_info_says_what_it_cannot_compile_for(capsys: pytest.CaptureFixture, mon
     monkeypatch.setattr(info, "_version", lambda package: "not installed")
     assert cli.main(["info", "--ptx"]) == 1
     assert "needs Triton" in capsys.readouterr().err
+
+
+def test_info_says_what_is_made_for_another_card(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton", reason="Triton is made for Linux on x86-64 alone")
+    from kernels import steps
+
+    last = steps.attention_steps(torch.device("cuda"))[-1]
+    monkeypatch.setattr(steps, "attention_steps", lambda device: [last])
+    monkeypatch.setattr(steps, "top_k_steps", lambda device: [])
+    assert list(info.describe_steps(80))[-1] == "  made for compute capability 9.0 alone"
