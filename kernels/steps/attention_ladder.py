@@ -21,6 +21,7 @@ from kernels.steps import Compilation, Step, attention_cpu
 HEAD_DIMS = (16, 32, 64, 128)
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HOPPER = (9, 0)
+MAX_PAIRS = 65535  # heads of all sequences: the second and third dimension of a grid are not longer
 
 
 def steps(device: torch.device) -> Sequence[Step]:
@@ -36,6 +37,8 @@ def checked(function: Callable[..., Any], dtypes: Sequence[torch.dtype] = GPU_DT
         if q.dim() != 4 or q.shape[-1] not in HEAD_DIMS:
             allowed = ", ".join(map(str, HEAD_DIMS))
             raise ValueError(f"q: got {tuple(q.shape)}, needs (batch, num_heads, seqlen, head_dim of {allowed})")
+        if not 1 <= q.shape[0] * q.shape[1] <= MAX_PAIRS or q.shape[2] < 1:
+            raise ValueError(f"q: got {tuple(q.shape)}, needs 1 to {MAX_PAIRS} heads in all, and a token or more")
         for name, x in (("q", q), ("k", k), ("v", v)):
             if x.shape != q.shape or not x.is_contiguous():
                 raise ValueError(f"{name}: got {tuple(x.shape)}, strides {x.stride()}, needs q's shape, contiguous")

@@ -83,6 +83,8 @@ def test_bad_input_is_named():
         run(x, x[:, :, 1:], x)
     with pytest.raises(ValueError, match=r"^v: got \(1, 2, 8, 16\), strides"):
         run(x, x, torch.randn(1, 8, 2, 16).transpose(1, 2))
+    with pytest.raises(ValueError, match=r"^q: got \(1, 2, 0, 16\), needs 1 to 65535 heads in all, and a token"):
+        run(*[x[:, :, :0]] * 3)
     with pytest.raises(ValueError, match=r"^q: got torch.float64, needs"):
         run(*[x.double()] * 3)
 
