@@ -1,20 +1,27 @@
-"""One step of a decoder on the GPU: four kernels a layer, so that little stands between two reads of weights.
+"""One step of a decoder on the GPU: four kernels a layer, each of which has read its weights before its turn comes.
 
     embed       x = embedding[token]
-    qkv         a head a program: its rows of W_qkv times norm(x); q and k normalised and rotated; k, v into the cache
-    attend      a (sequence, head) a program: softmax over the cache, then the head's columns of W_o: a part of the sum
-    gate_up     a tile of hidden units a program: x + the heads' parts, norm, both products, silu(gate) * up
-    down        a tile of x a program: x + the heads' parts + W_down hidden
-    head        a tile of the vocabulary a program: logits = embedding norm(x)
+    linear      16 rows of W_qkv a program, times norm(x)
+    attend      a (sequence, head) a program: q and k normalised and rotated; k, v into the cache; softmax over the
+                cache; then the head's columns of W_o: a part of the sum
+    gate_up     8 hidden units a program: x + the heads' parts, norm, both products, silu(gate) * up
+    down        16 numbers of x a program: x + the heads' parts + W_down hidden
+    linear      16 logits a program: embedding norm(x)
 
-The norm needs no kernel of its own: norm(x) W = (x scale) W / rms(x), and the squares are summed beside the product.
-The heads' parts are added by whoever reads them, always in the order of the heads, so that nothing is added atomically.
+At batch 1 a step is a chain of small kernels: reading a part's weights takes less time than starting it and handing its
+result on. Where the card has programmatic launches (sm_90), a kernel starts while the ones before it still run, reads
+what they do not write, weights and older keys and values, and only then waits for them. Only `embed` waits from the
+start, so that one step never overlaps the next: what one step reads early, the one before has written.
 
-A product has BLOCK_B = 16 sequences as rows (the least that the matrix units take), whatever the batch: a sequence's
-logits do not depend on its neighbours. x, the parts and all sums are fp32; what enters a matrix unit is rounded to the
-weights' dtype.
+The norm needs no kernel of its own: norm(x) W = (x scale) W / rms(x), and the squares are summed beside the product, in
+fp64, so that their order does not matter. The heads' parts are added by whoever reads them, always in the order of the
+heads, so that nothing is added atomically. For several sequences that would be much to do alike in every program: there
+`prepare` does both once.
 
-Where the card has programmatic launches (sm_90), a kernel starts while the one before ends, and waits for its results.
+bf16 weights meet the sequences in the matrix units, rounded to bf16, in SPLITS sums that are added up at the end; fp32
+weights are multiplied without them and added up in a tree, which rounds less. (As `tl.dot` they would be a chain, and
+the compiler would hang each tile's chain onto the one before: model_dim additions in a row.) Neither depends on how
+many sequences a tile holds: a sequence's logits do not depend on its neighbours. x, the parts and all sums are fp32.
 
 Knows torch and Triton; knows nothing of models beyond the layer that it computes.
 """
@@ -24,49 +31,108 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_B = 16
+BLOCK_K = {torch.float32: 64, torch.bfloat16: 512}  # columns of weights at a time
+SPLITS = {torch.float32: 1, torch.bfloat16: 4}
+NUM_WARPS = 4
 
 
 @triton.jit
-def _begin(OVERLAP: tl.constexpr):
-    """Let the next kernel start, and wait until what the one before wrote can be read."""
+def _start_next(OVERLAP: tl.constexpr):
+    """Let the next kernel start, and read what this one does not write."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _wait(OVERLAP: tl.constexpr):
+    """Until what the kernels before wrote can be read."""
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def _stream(x_ptr, parts_ptr, rows, columns, mask, batch, dim: tl.constexpr, num_parts: tl.constexpr):
-    """x [rows, columns] fp32, with the parts of the attention's output added that were not added yet."""
-    at = rows[:, None] * dim + columns[None, :]
-    x = tl.load(x_ptr + at, mask=mask, other=0.0)
-    for part in range(num_parts):
-        x += tl.load(parts_ptr + part * batch * dim + at, mask=mask, other=0.0)
+def _weights(w_ptr, n, in_n, start, dim: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows n, columns from start on: [ROWS, BLOCK_K]."""
+    columns = start + tl.arange(0, BLOCK_K)
+    at = w_ptr + n[:, None].to(tl.int64) * dim + columns[None, :]
+    return tl.load(at, mask=in_n[:, None] & (columns < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _multiply(w, x, SPLITS: tl.constexpr):
+    """w [ROWS, BLOCK_K] times the transpose of x [BATCH, BLOCK_K] fp32: [ROWS, BATCH] fp32, BATCH at least 8."""
+    if w.dtype == tl.float32:
+        return tl.sum(w[:, None, :] * x[None, :, :], axis=2)
+    x = x.to(w.dtype)
+    if x.shape[0] < 8:  # the matrix units take no fewer; one sequence's numbers are cheaper read once
+        x = tl.broadcast_to(x, [8, x.shape[1]])
+    w = tl.permute(tl.reshape(w, [w.shape[0], SPLITS, w.shape[1] // SPLITS]), (1, 0, 2))
+    x = tl.permute(tl.reshape(x, [x.shape[0], SPLITS, x.shape[1] // SPLITS]), (1, 2, 0))
+    return tl.sum(tl.dot(w, x), axis=0)  # over [SPLITS, ROWS, BATCH]
+
+
+@triton.jit
+def _stream(x_ptr, parts_ptr, at, mask, size, num_parts: tl.constexpr):
+    """x fp32, with the parts of the attention's output added that were not added yet."""
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(num_parts):
+        x += tl.load(parts_ptr + part * size + at, mask=mask, other=0.0)
     return x
 
 
 @triton.jit
-def _product(x, w):
-    """x [rows, BLOCK_K] times the transpose of w [columns, BLOCK_K]: fp32, in the matrix units where w is not fp32.
-
-    In fp32 the products of a tile are added up in a tree, which rounds less than a chain does. (As `tl.dot` they would
-    be a chain, and the compiler would hang each tile's chain onto the one before: model_dim additions in a row.)
-    """
-    return tl.sum(x[:, None, :] * w[None, :, :], axis=2) if w.dtype == tl.float32 else tl.dot(x, tl.trans(w))
+def _factor(squares, eps, dim: tl.constexpr):
+    """1 / rms"""
+    return 1.0 / tl.sqrt_rn((squares / dim).to(tl.float32) + eps)
 
 
 @triton.jit
-def _rotated(first, second, squares, scale_ptr, cos, sin, eps, offs, inside, HEAD_DIM: tl.constexpr):
-    """Both halves of a head's rows [BLOCK_B, HALF]: normalised, scaled, turned by their angles."""
-    factor = (1.0 / tl.sqrt_rn(squares / HEAD_DIM + eps))[:, None]
-    first = first * factor * tl.load(scale_ptr + offs, mask=inside, other=0.0).to(tl.float32)[None, :]
-    second = second * factor * tl.load(scale_ptr + HEAD_DIM // 2 + offs, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return first * cos - second * sin, second * cos + first * sin
+def _product(
+    w,  # [ROWS, BLOCK_K]: the first columns of the weights' rows
+    w_ptr,
+    n,  # the rows' numbers [ROWS]
+    in_n,
+    x_ptr,  # [batch, dim]
+    parts_ptr,  # [num_parts, batch, dim]
+    batch,
+    norm_ptr,  # [dim], or None: x is not to be normalised here
+    factor_ptr,  # [batch], what to multiply the product with, or None
+    eps,
+    dim: tl.constexpr,
+    num_parts: tl.constexpr,
+    BATCH: tl.constexpr,  # sequences of a tile: 1, or 8 and more
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """[ROWS, BATCH], at least 8 columns: the weights' rows times x, or times norm(x)."""
+    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    acc = tl.zeros([n.shape[0], BATCH if BATCH >= 8 else 8], tl.float32)
+    squares = tl.zeros([BATCH], tl.float64)
+    for start in range(0, dim, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        mask = (rows < batch)[:, None] & (columns < dim)[None, :]
+        x = _stream(x_ptr, parts_ptr, rows[:, None] * dim + columns[None, :], mask, batch * dim, num_parts)
+        if norm_ptr is not None:
+            squares += tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=1)
+            x *= tl.load(norm_ptr + columns, mask=columns < dim, other=0.0).to(tl.float32)[None, :]
+        acc += _multiply(w, x, SPLITS)
+        w = _weights(w_ptr, n, in_n, start + BLOCK_K, dim, BLOCK_K)
+    if norm_ptr is not None:
+        acc *= _factor(squares, eps, dim)[None, :]
+    if factor_ptr is not None:
+        acc *= tl.load(factor_ptr + rows, mask=rows < batch, other=0.0)[None, :]
+    return acc
+
+
+@triton.jit
+def _sequences(BATCH: tl.constexpr):
+    """The sequences of a product's columns; where BATCH is 1, the columns behind the first are its copies."""
+    return tl.program_id(1) * BATCH + tl.arange(0, BATCH if BATCH >= 8 else 8)
 
 
 @triton.jit
 def _embed(token_ptr, embedding_ptr, x_ptr, dim: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    _begin(OVERLAP)
+    _start_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     token = tl.load(token_ptr + row)
@@ -75,129 +141,162 @@ def _embed(token_ptr, embedding_ptr, x_ptr, dim: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _qkv(
+def _prepare(
     x_ptr,
-    w_ptr,  # [(num_heads + 2 num_kv_heads) * HEAD_DIM, dim]
+    parts_ptr,
     norm_ptr,
+    scaled_ptr,  # [batch, dim] in the weights' dtype
+    factor_ptr,
+    batch,
+    eps,
+    dim: tl.constexpr,
+    num_parts: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Add the heads' parts to x; x scaled, and what its products are multiplied with."""
+    _start_next(OVERLAP)
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    at, mask = row * dim + columns, columns < dim
+    scale = tl.load(norm_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    _wait(OVERLAP)
+    x = _stream(x_ptr, parts_ptr, at, mask, batch * dim, num_parts)
+    if num_parts > 0:
+        tl.store(x_ptr + at, x, mask=mask)
+    tl.store(scaled_ptr + at, (x * scale).to(scaled_ptr.dtype.element_ty), mask=mask)
+    tl.store(factor_ptr + row, _factor(tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=0), eps, dim))
+
+
+@triton.jit
+def _linear(
+    x_ptr,
+    w_ptr,  # [size, dim]
+    norm_ptr,
+    factor_ptr,
+    out_ptr,  # [batch, size] fp32
+    batch,
+    size,
+    eps,
+    dim: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """W norm(x): queries, keys and values of a layer, or the logits."""
+    _start_next(OVERLAP)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K)
+    _wait(OVERLAP)
+    acc = _product(w, w_ptr, n, n < size, x_ptr, None, batch, norm_ptr, factor_ptr, eps, dim, 0, BATCH, BLOCK_K, SPLITS)
+    rows = _sequences(BATCH)
+    mask = (n < size)[:, None] & (rows < batch)[None, :]
+    tl.store(out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], acc, mask=mask)
+
+
+@triton.jit
+def _rotated(x_ptr, scale, partner_scale, cos, sin, offs, partner, inside, eps, HEAD_DIM: tl.constexpr):
+    """A head's numbers [BLOCK_D], normalised, scaled, turned by their angles; sin has the sign of its half."""
+    x = tl.load(x_ptr + offs, mask=inside, other=0.0)
+    other = tl.load(x_ptr + partner, mask=inside, other=0.0)
+    factor = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / HEAD_DIM + eps)
+    return x * factor * scale * cos + other * factor * partner_scale * sin
+
+
+@triton.jit
+def _attend(
+    qkv_ptr,  # [batch, (num_heads + 2 num_kv_heads) * HEAD_DIM] fp32
+    k_cache_ptr,  # [batch, num_kv_heads, capacity, HEAD_DIM]
+    v_cache_ptr,
     q_norm_ptr,
     k_norm_ptr,
     cos_ptr,
     sin_ptr,
     position_ptr,
-    q_ptr,  # [batch, num_heads, HEAD_DIM] fp32
-    k_cache_ptr,  # [batch, num_kv_heads, capacity, HEAD_DIM]
-    v_cache_ptr,
-    batch,
-    capacity,
-    eps,
-    dim: tl.constexpr,
-    num_heads: tl.constexpr,
-    num_kv_heads: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,  # HEAD_DIM / 2, rounded up to what a product takes
-    BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    _begin(OVERLAP)
-    head = tl.program_id(0)
-    rows = tl.program_id(1) * 16 + tl.arange(0, 16)  # sequences
-    offs = tl.arange(0, HALF)
-    inside, in_batch = offs < HEAD_DIM // 2, rows < batch
-    first = tl.zeros([16, HALF], tl.float32)
-    second = tl.zeros([16, HALF], tl.float32)
-    squares = tl.zeros([16], tl.float32)
-    for start in range(0, dim, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        x = tl.load(
-            x_ptr + rows[:, None] * dim + columns[None, :],
-            mask=in_batch[:, None] & (columns < dim)[None, :],
-            other=0.0,
-        )
-        squares += tl.sum(x * x, axis=1)
-        scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0)
-        scaled = (x * scale.to(tl.float32)[None, :]).to(w_ptr.dtype.element_ty)
-        w_at = w_ptr + (head * HEAD_DIM + offs)[:, None] * dim + columns[None, :]  # [HALF, BLOCK_K]
-        w_mask = inside[:, None] & (columns < dim)[None, :]
-        first += _product(scaled, tl.load(w_at, mask=w_mask, other=0.0))
-        w_at += HEAD_DIM // 2 * dim
-        second += _product(scaled, tl.load(w_at, mask=w_mask, other=0.0))
-    factor = (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
-    first, second = first * factor, second * factor
-
-    position = tl.load(position_ptr + rows, mask=in_batch, other=0)
-    mask = in_batch[:, None] & inside[None, :]
-    angle = position[:, None] * (HEAD_DIM // 2) + offs[None, :]
-    cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-    squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-    if head < num_heads:
-        first, second = _rotated(first, second, squares, q_norm_ptr, cos, sin, eps, offs, inside, HEAD_DIM)
-        q_at = q_ptr + (rows[:, None] * num_heads + head) * HEAD_DIM + offs[None, :]
-        tl.store(q_at, first, mask=mask)
-        tl.store(q_at + HEAD_DIM // 2, second, mask=mask)
-    else:
-        cache_ptr = v_cache_ptr
-        kv_head = head - num_heads - num_kv_heads
-        if head < num_heads + num_kv_heads:
-            first, second = _rotated(first, second, squares, k_norm_ptr, cos, sin, eps, offs, inside, HEAD_DIM)
-            cache_ptr = k_cache_ptr
-            kv_head = head - num_heads
-        line = (rows.to(tl.int64) * num_kv_heads + kv_head) * capacity + position
-        at = cache_ptr + line[:, None] * HEAD_DIM + offs[None, :]
-        tl.store(at, first.to(cache_ptr.dtype.element_ty), mask=mask)
-        tl.store(at + HEAD_DIM // 2, second.to(cache_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _attend(
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    position_ptr,
     w_ptr,  # [dim, num_heads * HEAD_DIM]
     parts_ptr,  # [num_heads, batch, dim] fp32
     batch,
     capacity,
+    eps,
     scale,  # log2(e) / sqrt(HEAD_DIM)
     dim: tl.constexpr,
     num_heads: tl.constexpr,
-    groups: tl.constexpr,
+    num_kv_heads: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
-    BLOCK_T: tl.constexpr,  # keys
-    BLOCK_N: tl.constexpr,  # rows of W_o
+    BLOCK_T: tl.constexpr,  # keys at a time
+    BLOCK_N: tl.constexpr,  # rows of W_o at a time
     OVERLAP: tl.constexpr,
 ):
-    _begin(OVERLAP)
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    offs_d = tl.arange(0, BLOCK_D)
-    inside = offs_d < HEAD_DIM
-    q = tl.load(q_ptr + (sequence * num_heads + head) * HEAD_DIM + offs_d, mask=inside, other=0.0) * scale
-    seqlen = tl.load(position_ptr + sequence) + 1
-    line = (sequence * (num_heads // groups) + head // groups) * capacity
-    row_max = float("-inf")
-    row_sum = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, seqlen, BLOCK_T):
-        keys = start + tl.arange(0, BLOCK_T)
-        at = (line + keys)[:, None] * HEAD_DIM + offs_d[None, :]
-        mask = (keys < seqlen)[:, None] & inside[None, :]
-        k = tl.load(k_cache_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_cache_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        s = tl.where(keys < seqlen, tl.sum(k * q[None, :], axis=1), float("-inf"))  # [BLOCK_T], in powers of two
+    """Write the sequence's new key and value; attend with one head over them and what was cached before.
+
+    For one sequence, several programs attend alike and share the rows of W_o.
+    """
+    _start_next(OVERLAP)
+    sequence, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    offs = tl.arange(0, BLOCK_D)
+    inside, upper = offs < HEAD_DIM, offs >= HALF
+    partner = tl.where(upper, offs - HALF, offs + HALF)
+    position = tl.load(position_ptr + sequence)
+    kv_head = head // (num_heads // num_kv_heads)
+    line = (tl.cast(sequence, tl.int64) * num_kv_heads + kv_head) * capacity
+    keys = tl.arange(0, BLOCK_T)
+    at = (line + keys)[:, None] * HEAD_DIM + offs[None, :]
+    mask = (keys < position)[:, None] & inside[None, :]
+    k_tile = tl.load(k_cache_ptr + at, mask=mask, other=0.0)
+    v_tile = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
+    n = share * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_at = w_ptr + n[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + offs[None, :]
+    w = tl.load(w_at, mask=(n < dim)[:, None] & inside[None, :], other=0.0)
+    angle = position * HALF + tl.minimum(offs, partner)
+    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
+    sin = tl.where(upper, sin, -sin)
+    q_scale = tl.load(q_norm_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    q_partner = tl.load(q_norm_ptr + partner, mask=inside, other=0.0).to(tl.float32)
+    k_scale = tl.load(k_norm_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    k_partner = tl.load(k_norm_ptr + partner, mask=inside, other=0.0).to(tl.float32)
+    _wait(OVERLAP)
+
+    q_at = qkv_ptr + (sequence * (num_heads + 2 * num_kv_heads) + head) * HEAD_DIM
+    k_at = q_at + (num_heads + kv_head - head) * HEAD_DIM
+    v = tl.load(k_at + num_kv_heads * HEAD_DIM + offs, mask=inside, other=0.0).to(v_cache_ptr.dtype.element_ty)
+    q = _rotated(q_at, q_scale, q_partner, cos, sin, offs, partner, inside, eps, HEAD_DIM) * scale
+    k = _rotated(k_at, k_scale, k_partner, cos, sin, offs, partner, inside, eps, HEAD_DIM)
+    k = k.to(k_cache_ptr.dtype.element_ty)
+    if (share == 0) & (head % (num_heads // num_kv_heads) == 0):
+        tl.store(k_cache_ptr + (line + position) * HEAD_DIM + offs, k, mask=inside)
+        tl.store(v_cache_ptr + (line + position) * HEAD_DIM + offs, v, mask=inside)
+
+    row_max = tl.sum(k.to(tl.float32) * q, axis=0)  # scores in powers of two; the new key's is the first
+    row_sum = 1.0
+    acc = v.to(tl.float32)
+    for start in range(0, position, BLOCK_T):
+        s = tl.sum(k_tile.to(tl.float32) * q[None, :], axis=1)  # [BLOCK_T]
+        s = tl.where(start + keys < position, s, float("-inf"))
+        values = v_tile.to(tl.float32)
+        at += BLOCK_T * HEAD_DIM
+        mask = (start + BLOCK_T + keys < position)[:, None] & inside[None, :]
+        k_tile = tl.load(k_cache_ptr + at, mask=mask, other=0.0)
+        v_tile = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
         new_max = tl.maximum(row_max, tl.max(s, axis=0))
         alpha = tl.exp2(row_max - new_max)
         p = tl.exp2(s - new_max)
         row_sum = row_sum * alpha + tl.sum(p, axis=0)
-        acc = acc * alpha + tl.sum(p[:, None] * v, axis=0)
+        acc = acc * alpha + tl.sum(p[:, None] * values, axis=0)
         row_max = new_max
     out = acc / row_sum
-    for start in range(0, dim, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        w_at = w_ptr + n[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + offs_d[None, :]
-        w = tl.load(w_at, mask=(n < dim)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        part = tl.sum(w * out[None, :], axis=1)
-        tl.store(parts_ptr + (head * batch + sequence) * dim + n, part, mask=n < dim)
+
+    parts_ptr += (head * batch + sequence) * dim
+    step = tl.num_programs(2) * BLOCK_N
+    for _ in range(share * BLOCK_N, dim, step):
+        tl.store(parts_ptr + n, tl.sum(w.to(tl.float32) * out[None, :], axis=1), mask=n < dim)
+        n += step
+        w_at += step * (num_heads * HEAD_DIM)
+        w = tl.load(w_at, mask=(n < dim)[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -206,39 +305,34 @@ def _gate_up(
     parts_ptr,
     w_ptr,  # [2 mlp_dim, dim]
     norm_ptr,
+    factor_ptr,
     hidden_ptr,  # [batch, mlp_dim] in the weights' dtype
     batch,
     eps,
     dim: tl.constexpr,
     mlp_dim: tl.constexpr,
     num_parts: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    _begin(OVERLAP)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.program_id(1) * 16 + tl.arange(0, 16)
-    gate = tl.zeros([16, BLOCK_N], tl.float32)
-    up = tl.zeros([16, BLOCK_N], tl.float32)
-    squares = tl.zeros([16], tl.float32)
-    for start in range(0, dim, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        mask = (rows < batch)[:, None] & (columns < dim)[None, :]
-        x = _stream(x_ptr, parts_ptr, rows, columns, mask, batch, dim, num_parts)
-        squares += tl.sum(x * x, axis=1)
-        scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0)
-        scaled = (x * scale.to(tl.float32)[None, :]).to(w_ptr.dtype.element_ty)
-        w_at = w_ptr + n[:, None] * dim + columns[None, :]  # [BLOCK_N, BLOCK_K]
-        w_mask = (n < mlp_dim)[:, None] & (columns < dim)[None, :]
-        gate += _product(scaled, tl.load(w_at, mask=w_mask, other=0.0))
-        w_at += mlp_dim * dim
-        up += _product(scaled, tl.load(w_at, mask=w_mask, other=0.0))
-    factor = (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
-    gate, up = gate * factor, up * factor
-    hidden = gate * tl.sigmoid(gate) * up
-    at = hidden_ptr + rows[:, None] * mlp_dim + n[None, :]
-    tl.store(at, hidden.to(hidden_ptr.dtype.element_ty), mask=(rows < batch)[:, None] & (n < mlp_dim)[None, :])
+    _start_next(OVERLAP)
+    i = tl.arange(0, ROWS)
+    unit = tl.program_id(0) * (ROWS // 2) + i // 2
+    n, in_n = unit + i % 2 * mlp_dim, unit < mlp_dim  # a gate and its up by turns
+    w = _weights(w_ptr, n, in_n, 0, dim, BLOCK_K)
+    _wait(OVERLAP)
+    acc = _product(
+        w, w_ptr, n, in_n, x_ptr, parts_ptr, batch, norm_ptr, factor_ptr, eps, dim, num_parts, BATCH, BLOCK_K, SPLITS
+    )
+    gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, acc.shape[1]]), (0, 2, 1)))
+    hidden = gate / (1.0 + tl.exp(-gate)) * up
+    unit = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    rows = _sequences(BATCH)
+    at = hidden_ptr + rows[None, :] * mlp_dim + unit[:, None]
+    tl.store(at, hidden.to(hidden_ptr.dtype.element_ty), mask=(unit < mlp_dim)[:, None] & (rows < batch)[None, :])
 
 
 @triton.jit
@@ -251,63 +345,21 @@ def _down(
     dim: tl.constexpr,
     mlp_dim: tl.constexpr,
     num_parts: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    _begin(OVERLAP)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.program_id(1) * 16 + tl.arange(0, 16)
-    mask = (rows < batch)[:, None] & (n < dim)[None, :]
-    acc = _stream(x_ptr, parts_ptr, rows, n, mask, batch, dim, num_parts)
-    for start in range(0, mlp_dim, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        hidden = tl.load(
-            hidden_ptr + rows[:, None] * mlp_dim + columns[None, :],
-            mask=(rows < batch)[:, None] & (columns < mlp_dim)[None, :],
-            other=0.0,
-        )
-        w_at = w_ptr + n[:, None] * mlp_dim + columns[None, :]  # [BLOCK_N, BLOCK_K]
-        w = tl.load(w_at, mask=(n < dim)[:, None] & (columns < mlp_dim)[None, :], other=0.0)
-        acc += _product(hidden, w)
-    tl.store(x_ptr + rows[:, None] * dim + n[None, :], acc, mask=mask)
-
-
-@triton.jit
-def _head(
-    x_ptr,
-    w_ptr,  # [vocab_size, dim]
-    norm_ptr,
-    logits_ptr,  # [batch, vocab_size] fp32
-    batch,
-    vocab_size,
-    eps,
-    dim: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    _begin(OVERLAP)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.program_id(1) * 16 + tl.arange(0, 16)
-    acc = tl.zeros([16, BLOCK_N], tl.float32)
-    squares = tl.zeros([16], tl.float32)
-    for start in range(0, dim, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        x = tl.load(
-            x_ptr + rows[:, None] * dim + columns[None, :],
-            mask=(rows < batch)[:, None] & (columns < dim)[None, :],
-            other=0.0,
-        )
-        squares += tl.sum(x * x, axis=1)
-        scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0)
-        scaled = (x * scale.to(tl.float32)[None, :]).to(w_ptr.dtype.element_ty)
-        w_at = w_ptr + n[:, None].to(tl.int64) * dim + columns[None, :]
-        w = tl.load(w_at, mask=(n < vocab_size)[:, None] & (columns < dim)[None, :], other=0.0)
-        acc += _product(scaled, w)
-    acc *= (1.0 / tl.sqrt_rn(squares / dim + eps))[:, None]
-    at = logits_ptr + rows[:, None].to(tl.int64) * vocab_size + n[None, :]
-    tl.store(at, acc, mask=(rows < batch)[:, None] & (n < vocab_size)[None, :])
+    _start_next(OVERLAP)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = _sequences(BATCH)
+    at, mask = rows[None, :] * dim + n[:, None], (n < dim)[:, None] & (rows < batch)[None, :]
+    w = _weights(w_ptr, n, n < dim, 0, mlp_dim, BLOCK_K)
+    _wait(OVERLAP)
+    x = _stream(x_ptr, parts_ptr, at, mask, batch * dim, num_parts)
+    acc = _product(w, w_ptr, n, n < dim, hidden_ptr, None, batch, None, None, 0.0, mlp_dim, 0, BATCH, BLOCK_K, SPLITS)
+    tl.store(x_ptr + at, x + acc, mask=mask)
 
 
 def decode_step(
@@ -333,42 +385,66 @@ def decode_step(
     num_layers, batch, num_kv_heads, capacity, head_dim = k_cache.shape
     vocab_size, dim = embedding.shape
     mlp_dim, num_heads = down.shape[2], o.shape[2] // head_dim
+    alone = batch == 1
+    unadded = num_heads if alone else 0  # of the heads' parts, for gate_up and down
     x = embedding.new_empty((batch, dim), dtype=torch.float32)
-    q = embedding.new_empty((batch, num_heads, head_dim), dtype=torch.float32)
+    projected = embedding.new_empty((batch, qkv.shape[1]), dtype=torch.float32)
     parts = embedding.new_empty((num_heads, batch, dim), dtype=torch.float32)
     hidden = embedding.new_empty((batch, mlp_dim))
     logits = embedding.new_empty((batch, vocab_size), dtype=torch.float32)
+    scaled = embedding.new_empty((batch, dim))
+    factor = embedding.new_empty((batch,), dtype=torch.float32)
 
     overlap = _can_overlap(embedding.device)
-    shared = {"OVERLAP": overlap, "num_warps": 4, **({"launch_pdl": True} if overlap else {})}
-    block_k = min(32 if embedding.dtype == torch.float32 else 128, max(16, triton.next_power_of_2(dim)))
-    batches = triton.cdiv(batch, BLOCK_B)
-    product = {"BLOCK_K": block_k, "num_stages": 4, **shared}
-    _embed[(batch,)](token_ids, embedding, x, dim, triton.next_power_of_2(dim), **shared)
-    for layer in range(num_layers):
-        caches = k_cache[layer], v_cache[layer]
-        _qkv[(num_heads + 2 * num_kv_heads, batches)](
-            x, qkv[layer], input_norm[layer], q_norm[layer], k_norm[layer], cos, sin, positions, q, *caches,
-            batch, capacity, norm_eps, dim, num_heads, num_kv_heads,
-            HEAD_DIM=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)), **product,
-        )  # fmt: skip
-        _attend[(batch, num_heads)](
-            q, *caches, positions, o[layer], parts, batch, capacity, 1.4426950408889634 / head_dim**0.5,
-            dim, num_heads, num_heads // num_kv_heads,
-            HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_T=64, BLOCK_N=64, **shared,
-        )  # fmt: skip
-        _gate_up[(triton.cdiv(mlp_dim, 16), batches)](
-            x, parts, gate_up[layer], post_norm[layer], hidden, batch, norm_eps, dim, mlp_dim, num_heads,
-            BLOCK_N=16, **product,
-        )  # fmt: skip
-        _down[(triton.cdiv(dim, 16), batches)](
-            x, parts, hidden, down[layer], batch, dim, mlp_dim, num_heads, BLOCK_N=16, **product
+    early = {"OVERLAP": overlap, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
+    block_d, block_dim = triton.next_power_of_2(head_dim), triton.next_power_of_2(dim)
+
+    def normalised(norm: Tensor, num_parts: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What a product reads of norm(x): x and the norm's scale, or what `prepare` made of them."""
+        if alone:
+            return x, norm, None
+        _prepare[(batch,)](
+            x, parts, norm, scaled, factor, batch, norm_eps, dim, num_parts, BLOCK=block_dim, num_warps=4, **early
         )
-    block_n = 16 if vocab_size <= 4096 else 64
-    _head[(triton.cdiv(vocab_size, block_n), batches)](
-        x, embedding, final_norm, logits, batch, vocab_size, norm_eps, dim, BLOCK_N=block_n, **product
-    )
+        return scaled, None, factor
+
+    def product(rows: int, columns: int) -> tuple[tuple[int, int], dict]:
+        """The grid and the tile of a product with weights of this size."""
+        tile = _tile(batch, embedding.dtype)
+        block_k = min(BLOCK_K[embedding.dtype], triton.next_power_of_2(max(columns, 64)))
+        sizes = {"BATCH": tile, "ROWS": 16, "BLOCK_K": block_k, "SPLITS": SPLITS[embedding.dtype]}
+        return (triton.cdiv(rows, 16), triton.cdiv(batch, tile)), {**sizes, "num_warps": NUM_WARPS, **early}
+
+    _embed[(batch,)](token_ids, embedding, x, dim, BLOCK=block_dim, OVERLAP=overlap)
+    for layer in range(num_layers):
+        grid, options = product(qkv.shape[1], dim)
+        source, *norm = normalised(input_norm[layer], 0)
+        _linear[grid](source, qkv[layer], *norm, projected, batch, qkv.shape[1], norm_eps, dim, **options)
+        _attend[(batch, num_heads, triton.cdiv(dim, 64) if alone else 1)](
+            projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, o[layer],
+            parts, batch, capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, dim, num_heads, num_kv_heads,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=64, **_attention_tile(batch), **early,
+        )  # fmt: skip
+        grid, options = product(2 * mlp_dim, dim)
+        source, *norm = normalised(post_norm[layer], num_heads)
+        _gate_up[grid](source, parts, gate_up[layer], *norm, hidden, batch, norm_eps, dim, mlp_dim, unadded, **options)
+        grid, options = product(dim, mlp_dim)
+        _down[grid](x, parts, hidden, down[layer], batch, dim, mlp_dim, unadded, **options)
+    grid, options = product(vocab_size, dim)
+    source, *norm = normalised(final_norm, 0)
+    _linear[grid](source, embedding, *norm, logits, batch, vocab_size, norm_eps, dim, **options)
     return logits
+
+
+def _tile(batch: int, dtype: torch.dtype) -> int:
+    """Sequences of a tile: 1, or what the matrix units take; in fp32 always as many, so that sums keep their order."""
+    if dtype == torch.float32:
+        return 8
+    return 1 if batch == 1 else 8 if batch <= 8 else 16
+
+
+def _attention_tile(batch: int) -> dict[str, int]:
+    return {"BLOCK_T": 128, "num_warps": 8} if batch == 1 else {"BLOCK_T": 64, "num_warps": 4}
 
 
 def _can_overlap(device: torch.device) -> bool:
