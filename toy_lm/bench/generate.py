@@ -28,6 +28,7 @@ from toy_lm.model import Transformer
 from toy_lm.tokenizer import Tokenizer
 
 TOP_K = 40
+WARMUP_TOKENS = 32  # enough for whatever is compiled or captured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ def run(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="default: 1 16, on a GPU 1 64")
     parser.add_argument("--num-tokens", type=int, help="new tokens of each text; default: up to the context")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--static-cache", action="store_true", help="also transformers with static cache, compiled")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to be timed too")
     parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for generate.json")
     options = parser.parse_args(arguments)
@@ -69,7 +71,7 @@ def run(arguments: Sequence[str] = ()) -> None:
         for dtype in dtypes:
             lm = toy_lm.load(folder, device=device.type, dtype=dtype)
             binding = lm.binding.line
-            contestants = {"toy-lm": _ours(lm), **_transformers(folder, device, dtype)}
+            contestants = {"toy-lm": _ours(lm), **_transformers(folder, device, dtype, options.static_cache)}
             contestants |= _nanogpt(options.nanogpt, config, device, dtype)
             for batch_size in batch_sizes:
                 seconds = _time(contestants, batch_size, num_tokens, options.repetitions)
@@ -115,12 +117,12 @@ Contestant = Callable[[int, int], object]  # (batch size, number of new tokens) 
 
 
 def _time(contestants: dict[str, Contestant], batch_size: int, num_tokens: int, repetitions: int) -> dict[str, float]:
-    """The best of some repetitions that take turns, after one that does not count."""
+    """The best of some repetitions that take turns, after a short one that does not count."""
     seconds = {name: float("inf") for name in contestants}
     for repetition in range(repetitions + 1):
         for name, generate in contestants.items():
             begin = time.perf_counter()
-            generate(batch_size, num_tokens)
+            generate(batch_size, num_tokens if repetition else min(num_tokens, WARMUP_TOKENS))
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if repetition:
@@ -138,7 +140,7 @@ def _first_token(lm: "toy_lm.LanguageModel") -> Contestant:
     return lambda batch_size, num_tokens: lm.generate("a" * 200, max_new_tokens=1, top_k=TOP_K)
 
 
-def _transformers(folder: str, device: torch.device, dtype: torch.dtype) -> dict[str, Contestant]:
+def _transformers(folder: str, device: torch.device, dtype: torch.dtype, static: bool) -> dict[str, Contestant]:
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: not timed", file=sys.stderr)
         return {}
@@ -147,13 +149,19 @@ def _transformers(folder: str, device: torch.device, dtype: torch.dtype) -> dict
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model = model.to(device).eval()
 
-    def generate(batch_size: int, num_tokens: int) -> None:
+    def generate(batch_size: int, num_tokens: int, **cache) -> None:
         prompt = torch.full((batch_size, 1), 10, device=device)
         settings = {"do_sample": True, "top_k": TOP_K, "pad_token_id": 0}
         mask = torch.ones_like(prompt)
-        model.generate(prompt, attention_mask=mask, max_new_tokens=num_tokens, **settings).cpu()
+        # Its end-of-text token would let a text end early: -1 is none.
+        model.generate(
+            prompt, attention_mask=mask, max_new_tokens=num_tokens, eos_token_id=-1, **settings, **cache
+        ).cpu()
 
-    return {"transformers": generate}
+    contestants: dict[str, Contestant] = {"transformers": generate}
+    if static:
+        contestants["transformers static"] = lambda *given: generate(*given, cache_implementation="static")
+    return contestants
 
 
 def _nanogpt(
