@@ -69,7 +69,8 @@ def bench(device: str = "auto", out: str | pathlib.Path = "runs/bench", log: Cal
             )
             log(describe(rows[-1]))
     curve = measure_curve(where)
-    log("cost over k, " + ", ".join(f"{k}: {1e6 * t:.0f} us" for k, t in curve.items()))
+    for name, seconds in curve.items():
+        log(f"over k, {name}, " + ", ".join(f"{k}: {1e6 * s:.0f} us" for k, s in seconds.items()))
     contents = {"machine": kernels.load(where).line, "seconds": rows, "curve": curve}
     (folder / "top_k.json").write_text(json.dumps(contents, indent=2), encoding="utf-8")
     log(f"figures: {folder / 'top_k.json'}")
@@ -136,14 +137,21 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() * source.element_size() / seconds
 
 
-def measure_curve(device: torch.device) -> dict[int, float]:
-    """Seconds of `kernels.sample` with log-probabilities, over k."""
+def measure_curve(device: torch.device) -> dict[str, dict[int, float]]:
+    """Seconds over k: of `kernels.sample` with log-probabilities, of what torch offers, and of the one-pass maximum."""
     size = GPU_CURVE_SIZE if device.type == "cuda" else CPU_CURVE_SIZE
     logits = torch.randn(size, device=device)
     sample = functools.partial(kernels.sample, logits, temperature=TEMPERATURE, seed=1, return_logprobs=True)
-    named = {str(k): functools.partial(sample, top_k=k) for k in CURVE}
-    times = time_calls({"max": lambda: logits.max(dim=-1), **named}, device)
-    return {k: times[str(k)] for k in CURVE}
+    named: dict[str, Callable[[], object]] = {"max": lambda: logits.max(dim=-1)}
+    for k in CURVE:
+        named[f"ours {k}"] = functools.partial(sample, top_k=k)
+        named[f"torch {k}"] = functools.partial(sample_with_torch, logits, k)
+    times = time_calls(named, device)
+    return {
+        "kernels.sample top-k": {k: times[f"ours {k}"] for k in CURVE},
+        "topk + softmax + multinomial": {k: times[f"torch {k}"] for k in CURVE},
+        "max": dict.fromkeys(CURVE, times["max"]),
+    }
 
 
 def describe(row: Mapping) -> str:
@@ -157,7 +165,7 @@ def describe(row: Mapping) -> str:
     return "\n".join(lines)
 
 
-def plot(path: pathlib.Path, rows: Sequence[Mapping], curve: Mapping[int, float]) -> str:
+def plot(path: pathlib.Path, rows: Sequence[Mapping], curve: Mapping[str, Mapping[int, float]]) -> str:
     """Draw times as multiples of the one-pass maximum, and the cost over k; returns a line that says where."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -178,8 +186,14 @@ def plot(path: pathlib.Path, rows: Sequence[Mapping], curve: Mapping[int, float]
     labels = [f"{row['batch']}x{row['vocab_size']}\nk={row['k']} {row['dtype']}" for row in rows]
     left.set_xticks([n + 0.45 for n in range(len(rows))], labels, fontsize=6)
     left.set(yscale="log", ylabel="time over one-pass maximum")
-    left.legend(fontsize=7)
-    right.plot(list(curve), [1e6 * seconds for seconds in curve.values()], marker="o")
-    right.set(xscale="log", xlabel="k", ylabel="us", title="kernels.sample", ylim=(0, None))
+    left.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    for name, times in curve.items():
+        if name == "max":
+            style = {"color": "black", "linewidth": 1, "linestyle": "--"}
+        else:
+            style = {"color": f"C{names.index(name)}", "marker": "o", "alpha": 1.0 if name in OURS else 0.45}
+        right.plot(list(times), [1e6 * seconds for seconds in times.values()], label=name, **style)
+    right.set(xscale="log", xlabel="k", ylabel="us", ylim=(0, None))
+    right.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(path, dpi=120)
     return f"picture: {path}"
