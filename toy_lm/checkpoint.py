@@ -48,9 +48,9 @@ class Checkpoint:
         self, *, attention: str = "fused", device: torch.device | str = "cpu", dropout: float = 0.0
     ) -> Transformer:
         """The model with these weights, in evaluation mode."""
-        with torch.device("meta"):
-            shape_only = Transformer(self.config, attention)
-        shapes = {name: weight.shape for name, weight in shape_only.state_dict().items()}
+        with _no_initial_weights():
+            model = Transformer(self.config, attention, dropout)
+        shapes = {name: weight.shape for name, weight in model.state_dict().items()}
         if shapes != {name: weight.shape for name, weight in self.weights.items()}:
             differing = sorted(
                 name
@@ -58,9 +58,22 @@ class Checkpoint:
                 if name not in self.weights or self.weights[name].shape != shapes.get(name)
             )
             raise ValueError(f"{self.folder / WEIGHTS}: does not fit {CONFIG}, for one in {differing[0]}")
-        model = Transformer(self.config, attention, dropout)
         model.load_state_dict(self.weights)
         return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _no_initial_weights() -> Iterator[None]:
+    """Modules made here draw no random weights, which would be overwritten: their memory is not even touched."""
+    names = ("normal_", "kaiming_uniform_")
+    initialisers = {name: getattr(torch.nn.init, name) for name in names}
+    for name in names:
+        setattr(torch.nn.init, name, lambda weight, *_, **__: weight)
+    try:
+        yield
+    finally:
+        for name, initialise in initialisers.items():
+            setattr(torch.nn.init, name, initialise)
 
 
 def exists(folder: str | pathlib.Path) -> bool:
@@ -119,7 +132,7 @@ def load(folder: str | pathlib.Path) -> Checkpoint:
         raise ValueError(f"{folder}: there is no such run folder")
     if not exists(folder):
         pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)]
-        pickles = [name for name in pickles if not name.startswith("tokens-")]
+        pickles = [name for name in pickles if not name.startswith(("tokens-", "documents-"))]
         hint = f"; {pickles[0]} may be a pickle, which is never read" if pickles else ""
         raise ValueError(f"{folder}: there is no {WEIGHTS} in this folder{hint}")
     config = _from_hugging_face(folder / CONFIG)
