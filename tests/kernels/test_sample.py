@@ -251,11 +251,14 @@ def shaped(kind: str, vocab_size: int) -> torch.Tensor:
         ("flat", 5, {}),
         ("peaked", 5, {"temperature": 0.7}),
         ("bimodal", 5, {"top_p": 0.9}),
+        ("one", 5, {"top_p": 0.9}),
         ("one", 257, {"top_p": 0.9}),
         ("flat", 257, {"top_k": 40}),
         ("bimodal", 257, {"top_p": 0.6}),
         ("peaked", 257, {"temperature": 2.0, "top_k": 100, "top_p": 0.95, "min_p": 0.03}),
+        ("flat", 32_000, {"top_k": 50}),
         ("peaked", 32_000, {"top_k": 200, "top_p": 0.9}),
+        ("one", 32_000, {"top_k": 50, "top_p": 0.9}),
         ("bimodal", 32_000, {"top_k": 50}),
         ("bimodal", 151_936, {"top_k": 50, "min_p": 0.2}),
     ],
@@ -275,7 +278,7 @@ def test_distribution_is_exact(device, kind, vocab_size, options):
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.6}, {"min_p": 0.05}])
 def test_distribution_over_large_vocabularies(kind, vocab_size, options):
     if kind == "flat" and options.get("top_p"):
-        options = {"top_k": 1000, **options}  # a hundred thousand ties are searched bit by bit: right, but slow
+        options = {"top_k": 1000, **options}  # a hundred thousand ties are searched in the row itself: right, but slow
     test_distribution_is_exact("cuda", kind, vocab_size, options)
 
 
@@ -417,12 +420,15 @@ def test_graph_replay_equals_eager(options, vocab_size):
 # As torch sees it.
 
 
+SPECIAL = st.sampled_from([0.0, -0.0, INFINITY, -INFINITY, float("nan"), 1e-40, 3e38, -3e38])
+ORDINARY = st.floats(-20, 20, width=32)
+NUMBERS = st.one_of(ORDINARY, ORDINARY, st.integers(-3, 3).map(float), SPECIAL)
+
+
 @hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_any_row_and_parameters(data):
-    special = st.sampled_from([0.0, -0.0, INFINITY, -INFINITY, float("nan"), 1e-40, 3e38, -3e38])
-    numbers = st.one_of(st.floats(-20, 20, width=32), st.integers(-3, 3).map(float), special)
-    row = data.draw(st.lists(st.one_of(numbers, st.floats(-20, 20, width=32)), min_size=1, max_size=120))
+    row = data.draw(st.lists(NUMBERS, min_size=1, max_size=120))
     options = {
         "temperature": data.draw(st.one_of(st.floats(0, 10), st.sampled_from([0.0, 1e-6, 1.0]))),
         "top_k": data.draw(st.one_of(st.none(), st.integers(1, len(row)))),
@@ -435,6 +441,33 @@ def test_any_row_and_parameters(data):
     sampled = check(logits, **options)
     if sampled.token_ids.item() >= 0:
         assert logits[0, sampled.token_ids].isfinite() and sampled.raw_logprobs.isfinite()
+
+
+@pytest.mark.parametrize("vocab_size", [37, 9001])
+def test_any_rows_with_a_parameter_each(device, vocab_size):
+    """Rows that repeat a few numbers, so that there are ties at every cut."""
+    rows = st.lists(NUMBERS, min_size=1, max_size=37)
+    parameters = {
+        "temperature": (st.one_of(st.floats(0, 10), st.sampled_from([0.0, 1e-6, 1.0])), torch.float32),
+        "top_k": (st.integers(1, vocab_size), torch.int64),
+        "top_p": (st.floats(0, 1, exclude_min=True, width=32), torch.float32),
+        "min_p": (st.floats(0, 1), torch.float32),
+        "seed": (st.integers(0, 2**63 - 1), torch.int64),
+        "step": (st.integers(0, 2**63 - 1), torch.int64),
+    }
+
+    @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
+    @hypothesis.given(data=st.data())
+    def run(data):
+        drawn = [data.draw(rows) for _ in range(3)]
+        logits = torch.stack([torch.tensor(row).repeat(vocab_size)[:vocab_size] for row in drawn])
+        options = {
+            name: torch.tensor([data.draw(values) for _ in range(3)], dtype=dtype, device=device)
+            for name, (values, dtype) in parameters.items()
+        }
+        check(logits.to(device, data.draw(st.sampled_from(DTYPES))), **options)
+
+    run()
 
 
 def test_rows_at_any_distance(device):
