@@ -143,9 +143,9 @@ def matmul(dtype: torch.dtype, seconds: float) -> list[Cell]:
 
 
 def call(dtype: torch.dtype, seconds: float) -> list[Cell]:
-    """One query over one key: the cost of a call."""
+    """One query over one key, in inference mode: the cost of a call."""
     q, k, v = (torch.randn(1, 1, 1, 32).to(dtype) for _ in range(3))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         least = least_seconds(
             {
                 OURS: lambda: kernels.flash_attention(q, k, v, causal=True),
