@@ -259,9 +259,9 @@ def cells(ladder: Ladder, rung: Rung) -> dict[str, str]:
     return {
         "step": rung.name if rung.number is None else f"{rung.number}. {rung.name}",
         "time": "-" if rung.seconds is None else duration(rung.seconds),
-        "rate": "-" if reached is None else f"{reached[0]:,.4g} {reached[1]}",
-        "operations": "-" if rung.flops is None else f"{rung.flops / 1e9:,.4g} G",
-        "bytes moved": "-" if rung.bytes_moved is None else f"{rung.bytes_moved / 1e6:,.4g} MB",
+        "rate": "-" if reached is None else f"{number(reached[0])} {reached[1]}",
+        "operations": "-" if rung.flops is None else f"{number(rung.flops / 1e9)} G",
+        "bytes moved": "-" if rung.bytes_moved is None else f"{number(rung.bytes_moved / 1e6)} MB",
         "gain": "-" if rung.gain is None else times(rung.gain),
         "predicted": "-" if rung.predicted_gain is None else f"{rung.predicted_gain:.2g}x",
         "share of the ceiling": "-" if rung.seconds is None else f"{100 * ladder.floor / rung.seconds:.1f} %",
@@ -278,6 +278,11 @@ def table(ladder: Ladder) -> str:
     notes = [f"{rung.number}. does not run: {rung.note}" for rung in ladder.rungs if rung.note]
     whys = [f"{rung.number}. predicted: {rung.why}" for rung in ladder.rungs if rung.predicted_gain]
     return "\n".join([f"{ladder.ladder}: {ladder.size}; floor {duration(ladder.floor)}", "", *rows, "", *whys, *notes])
+
+
+def number(x: float) -> str:
+    """Four digits of it, or all of them that stand before the point."""
+    return f"{x:,.4g}" if x < 1e4 else f"{x:,.0f}"
 
 
 def duration(seconds: float) -> str:
