@@ -11,7 +11,7 @@ from kernels.flash_attention.reference import classic_attention
 from kernels.steps import Step, attention_cpu, attention_steps
 from tests.kernels.compile_ahead import compile_kernel, resources
 
-DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
+SHAPES = [(1, 1, 1, 16), (2, 3, 17, 64), (1, 2, 64, 64), (1, 2, 129, 128), (2, 1, 257, 64), (1, 1, 1000, 128)]
 
 
 def check(step: Step, shape: tuple[int, ...], dtype: torch.dtype, causal: bool, device: str) -> None:
@@ -28,14 +28,16 @@ def check(step: Step, shape: tuple[int, ...], dtype: torch.dtype, causal: bool, 
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 16), (2, 3, 17, 32), (1, 2, 64, 64), (1, 2, 129, 128), (2, 1, 257, 64), (1, 1, 1000, 128)]
-)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_every_step_is_the_same_function(device: str, shape: tuple[int, ...], causal: bool):
+    # On a GPU every dtype, head_dim and mask is a kernel of its own, to be compiled: all dtypes at one size alone.
+    dtypes = [torch.float32] if device == "cpu" else [torch.bfloat16]
+    if device == "cuda" and shape[2] == 17:
+        dtypes += [torch.float16, torch.float32]
     for step in attention_steps(torch.device(device)):
         if step.needs(torch.device(device)):
             continue
-        for dtype in DTYPES[device]:
+        for dtype in dtypes:
             check(step, shape, dtype, causal, device)
 
 
