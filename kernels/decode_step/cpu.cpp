@@ -163,7 +163,7 @@ void multiply_range(const T* w, int64_t begin, int64_t end, const float* x, int6
 #if defined(TOY_LM_BF16_PAIRS)
 // The same for bf16 weights where the machine multiplies pairs of them: x is rounded to bf16, `pairs` has it as
 // [size / 2][columns][2] with columns = batch rounded up to 16, and all sequences go through the tiles at once.
-constexpr int64_t kPairRows = 32;
+constexpr int64_t kPairRows = 32, kTransposed = 4;  // rows in a block; sequences that are worth a transposition
 
 inline bool in_pairs(int64_t size) { return size % 32 == 0 && Bf16PairProducts::worthwhile(); }
 
@@ -177,7 +177,7 @@ void multiply_pairs(const BFloat16* w, int64_t begin, int64_t end, const std::ve
     const int64_t rows = std::min(kPairRows, end - n);
     Bf16PairProducts::multiply(rows, columns, size, {w + n * size, size, 1}, reinterpret_cast<const BFloat16*>(pairs.data()),
                                columns, products.data(), columns, true);
-    if (batch < 4) {
+    if (batch < kTransposed) {
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t r = 0; r < rows; ++r) use(n + r, b, products[r * columns + b]);
     } else {
@@ -196,7 +196,12 @@ void pack_pairs(const float* x, int64_t batch, int64_t size, std::vector<uint32_
     std::memcpy(&by_sequence[i / 2], &both, sizeof both);
   }
   pairs.resize(half * columns);
-  transpose(by_sequence.data(), half, batch, half, pairs.data(), columns);
+  if (batch < kTransposed) {
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t i = 0; i < half; ++i) pairs[i * columns + b] = by_sequence[b * half + i];
+  } else {
+    transpose(by_sequence.data(), half, batch, half, pairs.data(), columns);
+  }
 }
 #endif
 
