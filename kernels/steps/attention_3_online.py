@@ -17,8 +17,9 @@ seen so far, and after the last one over all. It begins with m = -inf, l = 0, O 
        |      S S S S
        v      S S S S
 
-What it costs. S once and P V once, half of step 2's operations, and one factor for each row and tile. (Milakov and
-Gimelshein, arXiv:1805.02867; with O, Rabe and Staats, arXiv:2112.05682; FlashAttention, arXiv:2205.14135.)
+What it costs. S once and P V once, half of step 2's operations, and one factor for each row and tile. Predicted: twice
+as fast. (Milakov and Gimelshein, arXiv:1805.02867; with O, Rabe and Staats, arXiv:2112.05682; FlashAttention,
+arXiv:2205.14135.)
 """
 
 import torch

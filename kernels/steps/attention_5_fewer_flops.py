@@ -25,7 +25,8 @@ an SM, against 4096 operations of the tensor cores, and a division is several in
     L         lse                           [BLOCK_M]
 
 What it costs. A score takes a comparison, a multiply-add, an exponential, an addition and a rounding, where it took a
-multiplication and a division more. (FlashAttention-2, arXiv:2307.08691, section 3.1 and algorithm 1.)
+multiplication and a division more. Predicted: 1.2 times as fast, for a billion scores with ten instructions less,
+0.4 ms of 2. (FlashAttention-2, arXiv:2307.08691, section 3.1 and algorithm 1.)
 """
 
 import torch
