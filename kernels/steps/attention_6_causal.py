@@ -20,8 +20,8 @@ Idea. Three things that belong together, because each is worth little without th
 The last queries see the most keys: their programs go first, so that at the end none is left alone with much to do.
 
 What it costs. Half of step 5's operations, and the products need no longer wait for memory. Predicted: 2.5 times as
-fast, twice for the half and a quarter for the waiting. This is the portable kernel
-of this project (kernels/flash_attention/triton_forward.py) without its options, and with its measured tiles.
+fast, twice for the half and a quarter for the waiting. This is the portable kernel of this project
+(kernels/flash_attention/triton_forward.py) without its options, and with its measured tiles.
 """
 
 import torch
