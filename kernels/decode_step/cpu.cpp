@@ -11,7 +11,7 @@
 // A product holds kRows weight rows against kColumns sequences in registers, so that a weight that was read serves every
 // sequence of the tile. An output is a sum over the inner dimension, lane by lane and then across lanes, in an order that
 // depends on neither the batch nor the number of threads. Weights and caches are fp32 or bf16, widened to fp32 when
-// loaded; everything else is fp32. Where the machine multiplies pairs of bf16 faster (AMX), it does so for bf16 weights,
+// loaded, and so are int8 weights, whose rows' scales multiply the outputs; everything else is fp32. Where the machine multiplies pairs of bf16 faster (AMX), it does so for bf16 weights,
 // at every batch size, and the sequences are rounded to bf16 for it.
 //
 // Knows torch's stable ABI and the vectors of microkernels.h; knows nothing of how it is compiled (load.py).
@@ -25,6 +25,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -34,12 +35,19 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 constexpr int kLanes = kWidth<float>;
 constexpr int kRows = 4, kColumns = kRegisters >= 32 ? 4 : 2;  // accumulators of a product's tile: kRows x kColumns
 constexpr int64_t kGrain = 1 << 14;  // multiplications that are worth another thread
 
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(BFloat16 x) { return torch::headeronly::BFloat16(x.bits, torch::headeronly::BFloat16::from_bits()); }
 inline void narrow(float x, float* to) { *to = x; }
 inline void narrow(float x, BFloat16* to) { to->bits = torch::headeronly::BFloat16(x).x; }
@@ -54,6 +62,17 @@ inline Vec<float> widen(const BFloat16* p) {
   Half bits;
   std::memcpy(&bits, p, sizeof bits);
   return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+#endif
+}
+
+inline Vec<float> widen(const int8_t* p) {
+#if !defined(TOY_LM_PLAIN) && defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+  typedef int8_t Small __attribute__((vector_size(kLanes)));
+  Small numbers;
+  std::memcpy(&numbers, p, sizeof numbers);
+  return __builtin_convertvector(numbers, Vec<float>);
 #endif
 }
 
@@ -162,21 +181,34 @@ void multiply_range(const T* w, int64_t begin, int64_t end, const float* x, int6
 
 #if defined(TOY_LM_BF16_PAIRS)
 // The same for bf16 weights where the machine multiplies pairs of them: x is rounded to bf16, `pairs` has it as
-// [size / 2][columns][2] with columns = batch rounded up to 16, and all sequences go through the tiles at once.
+// [size / 2][columns][2] with columns = batch rounded up to 16, and all sequences go through the tiles at once. int8
+// weights are made bf16, exactly, a block of rows at a time.
 constexpr int64_t kPairRows = 32, kTransposed = 4;  // rows in a block; sequences that are worth a transposition
 
 inline bool in_pairs(int64_t size) { return size % 32 == 0 && Bf16PairProducts::worthwhile(); }
 
-template <class F>
-void multiply_pairs(const BFloat16* w, int64_t begin, int64_t end, const std::vector<uint32_t>& pairs, int64_t batch,
+inline const BFloat16* as_pairs(const BFloat16* w, int64_t, std::vector<uint32_t>&) { return w; }
+
+inline const BFloat16* as_pairs(const int8_t* w, int64_t size, std::vector<uint32_t>& room) {
+  room.resize(size / 2);
+  for (int64_t i = 0; i < size; i += 32) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)widen(w + i + 16), (__m512)widen(w + i));
+    std::memcpy(&room[i / 2], &both, sizeof both);
+  }
+  return reinterpret_cast<const BFloat16*>(room.data());
+}
+
+template <class W, class F>
+void multiply_pairs(const W* w, int64_t begin, int64_t end, const std::vector<uint32_t>& pairs, int64_t batch,
                     int64_t size, const F& use) {
   [[maybe_unused]] const Bf16PairProducts::Session session;
   const int64_t columns = (batch + 15) / 16 * 16;
   std::vector<float> products(kPairRows * columns), by_sequence(columns * kPairRows);
+  std::vector<uint32_t> room;
   for (int64_t n = begin; n < end; n += kPairRows) {
     const int64_t rows = std::min(kPairRows, end - n);
-    Bf16PairProducts::multiply(rows, columns, size, {w + n * size, size, 1}, reinterpret_cast<const BFloat16*>(pairs.data()),
-                               columns, products.data(), columns, true);
+    Bf16PairProducts::multiply(rows, columns, size, {as_pairs(w + n * size, rows * size, room), size, 1},
+                               reinterpret_cast<const BFloat16*>(pairs.data()), columns, products.data(), columns, true);
     if (batch < kTransposed) {
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t r = 0; r < rows; ++r) use(n + r, b, products[r * columns + b]);
@@ -205,8 +237,9 @@ void pack_pairs(const float* x, int64_t batch, int64_t size, std::vector<uint32_
 }
 #endif
 
-template <class T, class F>
-void multiply(const T* w, int64_t rows, const float* x, int64_t batch, int64_t size, const F& use) {
+// T: the type of the weights that are not int8
+template <class T, class W, class F>
+void multiply(const W* w, int64_t rows, const float* x, int64_t batch, int64_t size, const F& use) {
   int64_t first = 0;  // of the rows that are not multiplied in pairs
 #if defined(TOY_LM_BF16_PAIRS)
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -227,6 +260,16 @@ void multiply(const T* w, int64_t rows, const float* x, int64_t batch, int64_t s
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     multiply_range(w, first + begin * kRows, std::min(rows, first + end * kRows), x, batch, size, use);
   });
+}
+
+// The same with the matrix of one layer, w [num_layers][rows][size], int8 where it has scales [num_layers][rows].
+template <class T, class F>
+void multiply(const Tensor& w, const OptionalTensor& scale, int64_t layer, const float* x, int64_t batch, const F& use) {
+  const int64_t rows = w.size(1), size = w.size(2), at = layer * rows * size;
+  if (!scale.has_value()) return multiply<T>(data<T>(w) + at, rows, x, batch, size, use);
+  const float* scales = data<float>(*scale) + layer * rows;
+  multiply<T>(data<int8_t>(w) + at, rows, x, batch, size,
+              [&](int64_t n, int64_t b, float value) { use(n, b, value * scales[n]); });
 }
 
 // hidden[b][n] = silu(gate) * up, from what the products left: [batch][2 rows], the gates before the ups.
@@ -320,15 +363,11 @@ void attend(const float* q, const T* k, const T* v, int64_t seqlen, int64_t head
   }
 }
 
-template <class T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
 // The tensors of the op, and the sizes that follow from them.
 struct Arguments {
   Tensor token_ids, positions, k_cache, v_cache, embedding, input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down,
       final_norm, cos, sin;
+  OptionalTensor qkv_scale, o_scale, gate_up_scale, down_scale;
   double norm_eps;
 
   int64_t num_layers() const { return k_cache.size(0); }
@@ -391,29 +430,31 @@ Tensor run(const Arguments& a) {
   const auto add = [&](int64_t n, int64_t b, float value) { x[b * dim + n] += value; };
   for (int64_t layer = 0; layer < a.num_layers(); ++layer) {
     norm_all(data<T>(a.input_norm) + layer * dim);
-    multiply(data<T>(a.qkv) + layer * projected * dim, projected, normed.data(), batch, dim,
-             [&](int64_t n, int64_t b, float value) { qkv[b * projected + n] = value; });
+    multiply<T>(a.qkv, a.qkv_scale, layer, normed.data(), batch,
+                [&](int64_t n, int64_t b, float value) { qkv[b * projected + n] = value; });
     attention_pass<T>(a, layer, qkv, out);
-    multiply(data<T>(a.o) + layer * dim * attended, dim, out.data(), batch, attended, add);
+    multiply<T>(a.o, a.o_scale, layer, out.data(), batch, add);
     norm_all(data<T>(a.post_norm) + layer * dim);
-    multiply(data<T>(a.gate_up) + layer * 2 * mlp_dim * dim, 2 * mlp_dim, normed.data(), batch, dim,
-             [&](int64_t n, int64_t b, float value) { gated[b * 2 * mlp_dim + n] = value; });
+    multiply<T>(a.gate_up, a.gate_up_scale, layer, normed.data(), batch,
+                [&](int64_t n, int64_t b, float value) { gated[b * 2 * mlp_dim + n] = value; });
     gate(gated.data(), mlp_dim, batch, hidden.data());
-    multiply(data<T>(a.down) + layer * dim * mlp_dim, dim, hidden.data(), batch, mlp_dim, add);
+    multiply<T>(a.down, a.down_scale, layer, hidden.data(), batch, add);
   }
   norm_all(data<T>(a.final_norm));
   Tensor logits = torch::stable::new_empty(a.embedding, {batch, vocab_size}, ScalarType::Float);
   float* written = static_cast<float*>(logits.mutable_data_ptr());
-  multiply(data<T>(a.embedding), vocab_size, normed.data(), batch, dim,
-           [&](int64_t n, int64_t b, float value) { written[b * vocab_size + n] = value; });
+  multiply<T>(data<T>(a.embedding), vocab_size, normed.data(), batch, dim,
+              [&](int64_t n, int64_t b, float value) { written[b * vocab_size + n] = value; });
   return logits;
 }
 
 Tensor decode_step(Tensor token_ids, Tensor positions, Tensor k_cache, Tensor v_cache, Tensor embedding, Tensor input_norm,
                    Tensor qkv, Tensor q_norm, Tensor k_norm, Tensor o, Tensor post_norm, Tensor gate_up, Tensor down,
-                   Tensor final_norm, Tensor cos, Tensor sin, double norm_eps) {
+                   Tensor final_norm, Tensor cos, Tensor sin, OptionalTensor qkv_scale, OptionalTensor o_scale,
+                   OptionalTensor gate_up_scale, OptionalTensor down_scale, double norm_eps) {
   const Arguments a{token_ids, positions, k_cache, v_cache, embedding, input_norm, qkv, q_norm, k_norm,
-                    o, post_norm, gate_up, down, final_norm, cos, sin, norm_eps};
+                    o, post_norm, gate_up, down, final_norm, cos, sin, qkv_scale, o_scale, gate_up_scale, down_scale,
+                    norm_eps};
   for (int64_t b = 0; b < a.batch(); ++b) {
     const int64_t position = data<int32_t>(positions)[b], token = data<int64_t>(token_ids)[b];
     STD_TORCH_CHECK(position >= 0 && position < std::min(a.capacity(), cos.size(0)), "positions: got ", position,

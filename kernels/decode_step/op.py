@@ -20,10 +20,12 @@ from kernels.decode_step import reference
 from kernels.load import ensure
 
 DTYPES = (torch.float32, torch.bfloat16)
+MATRICES = ("qkv", "o", "gate_up", "down")  # may be int8
 
 _WEIGHTS = (
     "Tensor embedding, Tensor input_norm, Tensor qkv, Tensor q_norm, Tensor k_norm, Tensor o, Tensor post_norm, "
-    "Tensor gate_up, Tensor down, Tensor final_norm, Tensor cos, Tensor sin"
+    "Tensor gate_up, Tensor down, Tensor final_norm, Tensor cos, Tensor sin, "
+    "Tensor? qkv_scale, Tensor? o_scale, Tensor? gate_up_scale, Tensor? down_scale"
 )
 _library = torch.library.Library("kernels", "FRAGMENT")
 _library.define(
@@ -37,7 +39,8 @@ class DecodeWeights(NamedTuple):
     """The weights of a decoder with RMSNorm, rotary positions, QK-norm, SwiGLU and tied embeddings (Qwen3's shape).
 
     Contiguous, in one dtype, fp32 or bf16 (cos and sin: fp32). qkv has the rows of all query heads, then of all key
-    heads, then of all value heads; gate_up those of the gate, then those of the up projection.
+    heads, then of all value heads; gate_up those of the gate, then those of the up projection. Each of the four
+    matrices may be int8, and then has a scale for each of its rows; what it stands for is their product.
     """
 
     embedding: Tensor  # (vocab_size, model_dim), also the head
@@ -52,6 +55,20 @@ class DecodeWeights(NamedTuple):
     final_norm: Tensor  # (model_dim,)
     cos: Tensor  # (max_seqlen, head_dim / 2) fp32
     sin: Tensor  # (max_seqlen, head_dim / 2) fp32
+    qkv_scale: Tensor | None = None  # (num_layers, rows of qkv) fp32
+    o_scale: Tensor | None = None  # (num_layers, model_dim) fp32
+    gate_up_scale: Tensor | None = None  # (num_layers, 2 mlp_dim) fp32
+    down_scale: Tensor | None = None  # (num_layers, model_dim) fp32
+
+    def to_int8(self) -> "DecodeWeights":
+        """The matrices rounded to whole numbers from -127 to 127; each row's scale maps its largest weight to 127."""
+        rounded: dict[str, Tensor] = {}
+        for name in MATRICES:
+            matrix = getattr(self, name).float()
+            scale = matrix.abs().amax(dim=-1).clamp(min=1e-30) / 127  # (num_layers, rows)
+            rounded[name] = (matrix / scale[..., None]).round().to(torch.int8)
+            rounded[f"{name}_scale"] = scale
+        return self._replace(**rounded)
 
 
 def decode_step(
@@ -109,14 +126,18 @@ def _check(token_ids: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tenso
         "token_ids": (batch,),
         "positions": (batch,),
     }
+    expected |= {f"{name}_scale": expected[name][:2] for name in MATRICES}
     tensors = {
-        **weights._asdict(),
+        **{name: x for name, x in weights._asdict().items() if x is not None},
         "k_cache": k_cache,
         "v_cache": v_cache,
         "token_ids": token_ids,
         "positions": positions,
     }
     special = {"cos": torch.float32, "sin": torch.float32, "token_ids": torch.int64, "positions": torch.int32}
+    for name in MATRICES:
+        if f"{name}_scale" in tensors:
+            special |= {name: torch.int8, f"{name}_scale": torch.float32}
     dtype = weights.embedding.dtype
     if dtype not in DTYPES:
         raise ValueError(f"weights: got {dtype}, allowed are float32 and bfloat16")

@@ -24,9 +24,15 @@ def decode_step(
     final_norm: Tensor,
     cos: Tensor,
     sin: Tensor,
+    qkv_scale: Tensor | None,
+    o_scale: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
     norm_eps: float,
 ) -> Tensor:
     """See `kernels.decode_step`; the caches are written, everything is computed in the weights' dtype."""
+    qkv, o = _matrix(qkv, qkv_scale, embedding), _matrix(o, o_scale, embedding)
+    gate_up, down = _matrix(gate_up, gate_up_scale, embedding), _matrix(down, down_scale, embedding)
     num_layers, batch, num_kv_heads, _, head_dim = k_cache.shape
     rows = torch.arange(batch, device=token_ids.device)
     at = positions.long()
@@ -48,6 +54,10 @@ def decode_step(
         gate, up = F.linear(_norm(x, post_norm[layer], norm_eps), gate_up[layer]).chunk(2, dim=-1)
         x = x + F.linear(F.silu(gate) * up, down[layer])
     return F.linear(_norm(x, final_norm, norm_eps), embedding).float()
+
+
+def _matrix(w: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
+    return w if scale is None else w.to(like.dtype) * scale[..., None].to(like.dtype)
 
 
 def _norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:

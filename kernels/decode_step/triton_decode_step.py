@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_K = {torch.float32: 64, torch.bfloat16: 512}  # columns of weights at a time
+BLOCK_K = {torch.float32: 64, torch.bfloat16: 1024}  # columns of weights at a time
 SPLITS = {torch.float32: 1, torch.bfloat16: 4}
 NUM_WARPS = 4
 
@@ -51,11 +51,11 @@ def _wait(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def _weights(w_ptr, n, in_n, start, dim: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows n, columns from start on: [ROWS, BLOCK_K]."""
+def _weights(w_ptr, n, in_n, start, dim: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows n, columns from start on: [ROWS, BLOCK_K]. Whole numbers below 128 are what they are in bf16 too."""
     columns = start + tl.arange(0, BLOCK_K)
     at = w_ptr + n[:, None].to(tl.int64) * dim + columns[None, :]
-    return tl.load(at, mask=in_n[:, None] & (columns < dim)[None, :], other=0.0)
+    return tl.load(at, mask=in_n[:, None] & (columns < dim)[None, :], other=0).to(DTYPE)
 
 
 @triton.jit
@@ -90,6 +90,7 @@ def _factor(squares, eps, dim: tl.constexpr):
 def _product(
     w,  # [ROWS, BLOCK_K]: the first columns of the weights' rows
     w_ptr,
+    w_scale_ptr,  # of int8 rows, or None
     n,  # the rows' numbers [ROWS]
     in_n,
     x_ptr,  # [batch, dim]
@@ -103,6 +104,7 @@ def _product(
     BATCH: tl.constexpr,  # sequences of a tile: 1, or 8 and more
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """[ROWS, BATCH], at least 8 columns: the weights' rows times x, or times norm(x)."""
     rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
@@ -116,7 +118,9 @@ def _product(
             squares += tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=1)
             x *= tl.load(norm_ptr + columns, mask=columns < dim, other=0.0).to(tl.float32)[None, :]
         acc += _multiply(w, x, SPLITS)
-        w = _weights(w_ptr, n, in_n, start + BLOCK_K, dim, BLOCK_K)
+        w = _weights(w_ptr, n, in_n, start + BLOCK_K, dim, BLOCK_K, DTYPE)
+    if w_scale_ptr is not None:
+        acc *= tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[:, None]
     if norm_ptr is not None:
         acc *= _factor(squares, eps, dim)[None, :]
     if factor_ptr is not None:
@@ -172,6 +176,7 @@ def _prepare(
 def _linear(
     x_ptr,
     w_ptr,  # [size, dim]
+    w_scale_ptr,
     norm_ptr,
     factor_ptr,
     out_ptr,  # [batch, size] fp32
@@ -183,14 +188,33 @@ def _linear(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """W norm(x): queries, keys and values of a layer, or the logits."""
     _start_next(OVERLAP)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K)
+    w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
-    acc = _product(w, w_ptr, n, n < size, x_ptr, None, batch, norm_ptr, factor_ptr, eps, dim, 0, BATCH, BLOCK_K, SPLITS)
+    acc = _product(
+        w,
+        w_ptr,
+        w_scale_ptr,
+        n,
+        n < size,
+        x_ptr,
+        None,
+        batch,
+        norm_ptr,
+        factor_ptr,
+        eps,
+        dim,
+        0,
+        BATCH,
+        BLOCK_K,
+        SPLITS,
+        DTYPE,
+    )
     rows = _sequences(BATCH)
     mask = (n < size)[:, None] & (rows < batch)[None, :]
     tl.store(out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], acc, mask=mask)
@@ -216,6 +240,7 @@ def _attend(
     sin_ptr,
     position_ptr,
     w_ptr,  # [dim, num_heads * HEAD_DIM]
+    w_scale_ptr,
     parts_ptr,  # [num_heads, batch, dim] fp32
     batch,
     capacity,
@@ -250,7 +275,7 @@ def _attend(
     v_tile = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
     n = share * BLOCK_N + tl.arange(0, BLOCK_N)
     w_at = w_ptr + n[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + offs[None, :]
-    w = tl.load(w_at, mask=(n < dim)[:, None] & inside[None, :], other=0.0)
+    w = tl.load(w_at, mask=(n < dim)[:, None] & inside[None, :], other=0)
     angle = position * HALF + tl.minimum(offs, partner)
     cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
@@ -293,10 +318,13 @@ def _attend(
     parts_ptr += (head * batch + sequence) * dim
     step = tl.num_programs(2) * BLOCK_N
     for _ in range(share * BLOCK_N, dim, step):
-        tl.store(parts_ptr + n, tl.sum(w.to(tl.float32) * out[None, :], axis=1), mask=n < dim)
+        part = tl.sum(w.to(tl.float32) * out[None, :], axis=1)
+        if w_scale_ptr is not None:
+            part *= tl.load(w_scale_ptr + n, mask=n < dim, other=0.0)
+        tl.store(parts_ptr + n, part, mask=n < dim)
         n += step
         w_at += step * (num_heads * HEAD_DIM)
-        w = tl.load(w_at, mask=(n < dim)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_at, mask=(n < dim)[:, None] & inside[None, :], other=0)
 
 
 @triton.jit
@@ -304,6 +332,7 @@ def _gate_up(
     x_ptr,
     parts_ptr,
     w_ptr,  # [2 mlp_dim, dim]
+    w_scale_ptr,
     norm_ptr,
     factor_ptr,
     hidden_ptr,  # [batch, mlp_dim] in the weights' dtype
@@ -316,16 +345,33 @@ def _gate_up(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     _start_next(OVERLAP)
     i = tl.arange(0, ROWS)
     unit = tl.program_id(0) * (ROWS // 2) + i // 2
     n, in_n = unit + i % 2 * mlp_dim, unit < mlp_dim  # a gate and its up by turns
-    w = _weights(w_ptr, n, in_n, 0, dim, BLOCK_K)
+    w = _weights(w_ptr, n, in_n, 0, dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
     acc = _product(
-        w, w_ptr, n, in_n, x_ptr, parts_ptr, batch, norm_ptr, factor_ptr, eps, dim, num_parts, BATCH, BLOCK_K, SPLITS
+        w,
+        w_ptr,
+        w_scale_ptr,
+        n,
+        in_n,
+        x_ptr,
+        parts_ptr,
+        batch,
+        norm_ptr,
+        factor_ptr,
+        eps,
+        dim,
+        num_parts,
+        BATCH,
+        BLOCK_K,
+        SPLITS,
+        DTYPE,
     )
     gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, acc.shape[1]]), (0, 2, 1)))
     hidden = gate / (1.0 + tl.exp(-gate)) * up
@@ -341,6 +387,7 @@ def _down(
     parts_ptr,
     hidden_ptr,
     w_ptr,  # [dim, mlp_dim]
+    w_scale_ptr,
     batch,
     dim: tl.constexpr,
     mlp_dim: tl.constexpr,
@@ -349,16 +396,35 @@ def _down(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     _start_next(OVERLAP)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = _sequences(BATCH)
     at, mask = rows[None, :] * dim + n[:, None], (n < dim)[:, None] & (rows < batch)[None, :]
-    w = _weights(w_ptr, n, n < dim, 0, mlp_dim, BLOCK_K)
+    w = _weights(w_ptr, n, n < dim, 0, mlp_dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
     x = _stream(x_ptr, parts_ptr, at, mask, batch * dim, num_parts)
-    acc = _product(w, w_ptr, n, n < dim, hidden_ptr, None, batch, None, None, 0.0, mlp_dim, 0, BATCH, BLOCK_K, SPLITS)
+    acc = _product(
+        w,
+        w_ptr,
+        w_scale_ptr,
+        n,
+        n < dim,
+        hidden_ptr,
+        None,
+        batch,
+        None,
+        None,
+        0.0,
+        mlp_dim,
+        0,
+        BATCH,
+        BLOCK_K,
+        SPLITS,
+        DTYPE,
+    )
     tl.store(x_ptr + at, x + acc, mask=mask)
 
 
@@ -379,6 +445,10 @@ def decode_step(
     final_norm: Tensor,
     cos: Tensor,
     sin: Tensor,
+    qkv_scale: Tensor | None,
+    o_scale: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
     norm_eps: float,
 ) -> Tensor:
     """See `kernels.decode_step`."""
@@ -397,6 +467,7 @@ def decode_step(
 
     overlap = _can_overlap(embedding.device)
     early = {"OVERLAP": overlap, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
+    dtype = tl.float32 if embedding.dtype == torch.float32 else tl.bfloat16
     block_d, block_dim = triton.next_power_of_2(head_dim), triton.next_power_of_2(dim)
 
     def normalised(norm: Tensor, num_parts: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -412,27 +483,31 @@ def decode_step(
         """The grid and the tile of a product with weights of this size."""
         tile = _tile(batch, embedding.dtype)
         block_k = min(BLOCK_K[embedding.dtype], triton.next_power_of_2(max(columns, 64)))
-        sizes = {"BATCH": tile, "ROWS": 16, "BLOCK_K": block_k, "SPLITS": SPLITS[embedding.dtype]}
+        sizes = {"BATCH": tile, "ROWS": 16, "BLOCK_K": block_k, "SPLITS": SPLITS[embedding.dtype], "DTYPE": dtype}
         return (triton.cdiv(rows, 16), triton.cdiv(batch, tile)), {**sizes, "num_warps": NUM_WARPS, **early}
 
     _embed[(batch,)](token_ids, embedding, x, dim, BLOCK=block_dim, OVERLAP=overlap)
     for layer in range(num_layers):
+        scales = (scale if scale is None else scale[layer] for scale in (qkv_scale, o_scale, gate_up_scale, down_scale))
+        of_qkv, of_o, of_gate_up, of_down = scales
         grid, options = product(qkv.shape[1], dim)
         source, *norm = normalised(input_norm[layer], 0)
-        _linear[grid](source, qkv[layer], *norm, projected, batch, qkv.shape[1], norm_eps, dim, **options)
+        _linear[grid](source, qkv[layer], of_qkv, *norm, projected, batch, qkv.shape[1], norm_eps, dim, **options)
         _attend[(batch, num_heads, triton.cdiv(dim, 64) if alone else 1)](
             projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, o[layer],
-            parts, batch, capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, dim, num_heads, num_kv_heads,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=64, **_attention_tile(batch), **early,
+            of_o, parts, batch, capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, dim, num_heads, num_kv_heads,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=64 if alone else 128, **_attention_tile(batch), **early,
         )  # fmt: skip
         grid, options = product(2 * mlp_dim, dim)
         source, *norm = normalised(post_norm[layer], num_heads)
-        _gate_up[grid](source, parts, gate_up[layer], *norm, hidden, batch, norm_eps, dim, mlp_dim, unadded, **options)
+        _gate_up[grid](
+            source, parts, gate_up[layer], of_gate_up, *norm, hidden, batch, norm_eps, dim, mlp_dim, unadded, **options
+        )
         grid, options = product(dim, mlp_dim)
-        _down[grid](x, parts, hidden, down[layer], batch, dim, mlp_dim, unadded, **options)
+        _down[grid](x, parts, hidden, down[layer], of_down, batch, dim, mlp_dim, unadded, **options)
     grid, options = product(vocab_size, dim)
     source, *norm = normalised(final_norm, 0)
-    _linear[grid](source, embedding, *norm, logits, batch, vocab_size, norm_eps, dim, **options)
+    _linear[grid](source, embedding, None, *norm, logits, batch, vocab_size, norm_eps, dim, **options)
     return logits
 
 

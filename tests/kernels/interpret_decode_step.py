@@ -9,8 +9,9 @@ from kernels.decode_step import triton_decode_step
 from tests.kernels.test_decode_step import EPS, SHAPES, arguments, by_definition
 
 # The longest shape takes the interpreter too long; batch 17 needs a second tile of sequences.
-for shape, batch in ((SHAPES[0], 1), (SHAPES[1], 3), (SHAPES[0], 17), (SHAPES[3], 2)):
+for shape, batch, int8 in ((SHAPES[0], 1, False), (SHAPES[1], 3, True), (SHAPES[0], 17, False), (SHAPES[3], 2, False)):
     given = arguments(shape, batch, torch.float32, "cpu")
+    given = (*given[:-1], given[-1].to_int8()) if int8 else given
     exact, plain = (by_definition(*given, dtype) for dtype in (torch.float64, torch.float32))
     *tensors, weights = given
     logits = triton_decode_step.decode_step(*tensors, *weights, EPS)

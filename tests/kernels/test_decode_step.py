@@ -56,7 +56,8 @@ def arguments(shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: st
 def by_definition(token_ids, positions, k_cache, v_cache, weights, dtype: torch.dtype):
     """Computed in `dtype`: logits and caches."""
     caches = [cache.to(dtype, copy=True) for cache in (k_cache, v_cache)]
-    logits = reference.decode_step(token_ids, positions, *caches, *(weight.to(dtype) for weight in weights), EPS)
+    given = (weight if weight is None else weight.to(dtype) for weight in weights)
+    logits = reference.decode_step(token_ids, positions, *caches, *given, EPS)
     return logits.double(), *(cache.double() for cache in caches)
 
 
@@ -64,11 +65,32 @@ def by_definition(token_ids, positions, k_cache, v_cache, weights, dtype: torch.
 @pytest.mark.parametrize("batch", [1, 3, 4, 9])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_definition(device: str, shape: tuple[int, ...], batch: int, dtype: torch.dtype):
-    given = arguments(shape, batch, dtype, device)
+    check_against_the_definition(arguments(shape, batch, dtype, device), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 9])
+def test_int8_weights_equal_the_definition(device: str, batch: int, dtype: torch.dtype):
+    *tensors, weights = arguments(SHAPES[2], batch, dtype, device)
+    check_against_the_definition((*tensors, weights.to_int8()), dtype)
+
+
+def test_int8_weights_are_the_nearest():
+    weights = arguments(SHAPES[1], 1, torch.float32, "cpu")[-1]
+    rounded = weights.to_int8()
+    for name in ("qkv", "o", "gate_up", "down"):
+        scale = getattr(rounded, f"{name}_scale")[..., None]
+        error = (getattr(rounded, name) * scale - getattr(weights, name)).abs()
+        assert getattr(rounded, name).dtype == torch.int8 and (error <= 0.501 * scale).all()
+        assert (getattr(rounded, name).abs().amax(dim=-1) == 127).all()
+
+
+def check_against_the_definition(given, dtype: torch.dtype) -> None:
+    batch, vocab_size = len(given[0]), len(given[-1].embedding)
     exact = by_definition(*given, torch.float64)
     plain = by_definition(*given, dtype)
     logits = kernels.decode_step(*given, norm_eps=EPS)
-    assert logits.shape == (batch, shape[6]) and logits.dtype == torch.float32
+    assert logits.shape == (batch, vocab_size) and logits.dtype == torch.float32
     got = (logits.double(), given[2].double(), given[3].double())
     for ours, theirs, truth in zip(got, plain, exact, strict=True):
         written = ~truth.isnan()
@@ -115,6 +137,7 @@ def test_graph_replay_equals_eager():
 
 def test_bad_arguments_are_named():
     token_ids, positions, k_cache, v_cache, weights = arguments(SHAPES[0], 2, torch.float32, "cpu")
+    int8 = weights.to_int8()
     bad = {
         "token_ids": (token_ids.int(), positions, k_cache, v_cache, weights),
         "positions": (token_ids, positions[:1], k_cache, v_cache, weights),
@@ -122,6 +145,8 @@ def test_bad_arguments_are_named():
         "k_cache": (token_ids, positions, k_cache[0], v_cache, weights),
         "qkv": (token_ids, positions, k_cache, v_cache, weights._replace(qkv=weights.qkv[:, 1:].contiguous())),
         "down": (token_ids, positions, k_cache, v_cache, weights._replace(down=weights.down.double())),
+        "o": (token_ids, positions, k_cache, v_cache, int8._replace(o_scale=None)),
+        "down_scale": (token_ids, positions, k_cache, v_cache, int8._replace(down_scale=int8.gate_up_scale)),
         "weights": (token_ids, positions, k_cache, v_cache, weights._replace(embedding=weights.embedding.half())),
     }
     for name, given in bad.items():

@@ -14,7 +14,13 @@ from tests.kernels.test_decode_step import EPS, arguments
 pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[2]
 KERNELS = ("_embed", "_prepare", "_linear", "_attend", "_gate_up", "_down")
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 def test_interpreted():
@@ -62,16 +68,19 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability", "batch"),
+    ("dtype", "capability", "batch", "int8"),
     [
-        *((torch.bfloat16, capability, 1) for capability in CAPABILITIES),
-        (torch.bfloat16, 90, 9),
-        (torch.float32, 80, 1),
-        (torch.float32, 120, 9),
+        *((torch.bfloat16, capability, 1, False) for capability in CAPABILITIES),
+        (torch.bfloat16, 90, 9, False),
+        (torch.bfloat16, 90, 1, True),
+        (torch.float32, 80, 1, False),
+        (torch.float32, 120, 9, True),
     ],
     ids=str,
 )
-def test_compiles_for_every_card(capability: int, dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch):
+def test_compiles_for_every_card(
+    capability: int, dtype: torch.dtype, batch: int, int8: bool, monkeypatch: pytest.MonkeyPatch
+):
     from kernels.decode_step import triton_decode_step as module
 
     recorders = {name: Recorder(getattr(module, name)) for name in KERNELS if name != "_prepare" or batch > 1}
@@ -79,6 +88,7 @@ def test_compiles_for_every_card(capability: int, dtype: torch.dtype, batch: int
         monkeypatch.setattr(module, name, recorder)
     monkeypatch.setattr(module, "_can_overlap", lambda device: capability >= 90)
     *tensors, weights = arguments((1, 384, 6, 6, 64, 1024, 256, 256), batch, dtype, "cpu")
+    weights = weights.to_int8() if int8 else weights
     module.decode_step(*tensors, *weights, EPS)
     for name, recorder in recorders.items():
         compiled = recorder.compile(capability)
