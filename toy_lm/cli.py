@@ -145,6 +145,7 @@ def _add_generate(jobs) -> None:
         choices=("float32", "bfloat16"),
         help="of the weights; by default bfloat16 on a GPU that computes in it, else float32",
     )
+    job.add_argument("--int8", action="store_true", help="round the layers' matrices to int8: less to read for a token")
     _add_attention(job)
     _add_device(job)
 
@@ -156,7 +157,7 @@ def _generate(options: argparse.Namespace) -> None:
     import toy_lm
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    lm = toy_lm.load(options.run, device=options.device, attention=options.attention, dtype=dtype)
+    lm = toy_lm.load(options.run, device=options.device, attention=options.attention, dtype=dtype, int8=options.int8)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     settings = {name: getattr(options, name) for name in names}
     if options.show_top_k:

@@ -43,8 +43,11 @@ def window_start(num_tokens: int, context: int) -> int:
     return max(0, -((context - num_tokens) // half) * half)
 
 
-def pack(model: Transformer) -> kernels.DecodeWeights:
-    """The model's weights as `kernels.decode_step` takes them; the model's own become views of these."""
+def pack(model: Transformer, int8: bool = False) -> kernels.DecodeWeights:
+    """The model's weights as `kernels.decode_step` takes them; the model's own become views of these.
+
+    int8: the matrices rounded to int8; the model's own, with which prompts are read, become what these stand for.
+    """
     decoder = model.model
     layers = list(decoder.layers)
 
@@ -57,7 +60,7 @@ def pack(model: Transformer) -> kernels.DecodeWeights:
                 parameter.data = part
         return stacked
 
-    return kernels.DecodeWeights(
+    weights = kernels.DecodeWeights(
         embedding=decoder.embed_tokens.weight.data,
         input_norm=stack("input_layernorm.weight"),
         qkv=stack("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -71,6 +74,12 @@ def pack(model: Transformer) -> kernels.DecodeWeights:
         cos=decoder.rotary.cos,
         sin=decoder.rotary.sin,
     )
+    if not int8:
+        return weights
+    rounded = weights.to_int8()
+    for name in ("qkv", "o", "gate_up", "down"):
+        getattr(weights, name).copy_(getattr(rounded, name) * getattr(rounded, f"{name}_scale")[..., None])
+    return rounded
 
 
 class Decoder:

@@ -74,6 +74,20 @@ def test_seeds(lm: LanguageModel):
     assert len(set(greedy)) == 1
 
 
+def test_int8_weights(lm: LanguageModel):
+    """The prompt and the new tokens meet the same rounded weights: the cache still equals no cache."""
+    rounded = LanguageModel(small_model(lm.tokenizer.vocab_size).to(lm.device), lm.tokenizer, int8=True)
+    steps = list(rounded.steps("the quick", max_new_tokens=40, temperature=0.0, num_candidates=3))
+    token_ids = rounded.prompt_ids("the quick")
+    for step in steps:
+        window = token_ids[window_start(len(token_ids), CONTEXT) :]
+        logits = rounded.model(torch.tensor([window], device=lm.device))[0, -1]
+        assert step.probability == pytest.approx(logits.double().softmax(dim=-1)[step.token_id].item(), rel=1e-3)
+        token_ids.append(step.token_id)
+    exact, given = (model.model(torch.tensor([token_ids[:CONTEXT]], device=lm.device)) for model in (lm, rounded))
+    assert 0 < (exact.softmax(-1) - given.softmax(-1)).abs().max() < 0.05
+
+
 def test_classic_attention_gives_the_same_text(lm: LanguageModel):
     other = LanguageModel(small_model(lm.tokenizer.vocab_size, "classic").to(lm.device), lm.tokenizer)
     assert other.generate(PROMPTS[2], max_new_tokens=50, seed=3) == lm.generate(PROMPTS[2], max_new_tokens=50, seed=3)
