@@ -56,6 +56,8 @@ class TrainConfig:
     eval_context: int = 0  # tokens at the head of a validation window that are read but not counted
     checkpoint_every: int = 500
     validation_fraction: float = 0.1
+    document_end: str = ""  # the text behind which a document ends; "" takes the corpus as one
+    nanogpt_loss: float | None = None  # what nanoGPT's README run in this shape comes to on tiny Shakespeare
     seed: int = 0
 
     def __post_init__(self) -> None:

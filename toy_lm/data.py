@@ -4,11 +4,13 @@
 
 The token ids are written once into the run folder, so that neither the text nor the ids need fit in memory. A batch
 depends on (seed, step) alone: there is no position to keep, and a resumed run draws what an uninterrupted one does.
+Documents, where they are told apart, lie one after the other; a window holds the end of one, whole ones, and a start.
 
 Knows tokenizers and the corpus; knows nothing of models or training.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -27,6 +29,8 @@ from toy_lm.tokenizer import Tokenizer
 # How many bytes a grown corpus has: more than the presets read, so that its lines' order cannot be learnt by heart.
 GROWN_BYTES = {"sample": 2_000_000, "grammar": 10_000_000}
 _GROWN = {"sample": SAMPLE, "grammar": GRAMMAR}
+# SHA-256 of the text that nanoGPT's shakespeare-char runs learn, 1,115,394 bytes.
+TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _PART = 1 << 20  # characters of a file that are read and tokenised at once
 _QUIET_BELOW = 20_000_000  # bytes that are tokenised before a progress bar would be read
 
@@ -104,23 +108,53 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: str | pathlib.Path) -
 
     The file is named after the text and the tokenizer and is written only if it is not there yet.
     """
+    return tokenize_documents(corpus, tokenizer, folder, "")[0]
+
+
+def tokenize_documents(
+    corpus: Corpus, tokenizer: Tokenizer, folder: str | pathlib.Path, document_end: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `tokenize`, each document by itself; also where the documents begin, (num_documents,) int64, likewise mapped.
+
+    A document ends behind each `document_end`; where that is "" the whole corpus is one.
+    """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    key = hashlib.sha256((corpus.fingerprint + tokenizer.backend.to_str()).encode()).hexdigest()[:16]
-    path = pathlib.Path(folder) / f"tokens-{key}.bin"
-    if not path.is_file():
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    key = hashlib.sha256((corpus.fingerprint + tokenizer.backend.to_str() + document_end).encode()).hexdigest()[:16]
+    paths = [pathlib.Path(folder) / f"{kind}-{key}.bin" for kind in ("documents", "tokens")]
+    if not paths[1].is_file():
+        unfinished = [path.with_name(f".{path.name}.{os.getpid()}") for path in paths]
         bar = tqdm(
             total=corpus.num_bytes, unit="B", unit_scale=True, desc="tokens", disable=corpus.num_bytes < _QUIET_BELOW
         )
         try:
-            with open(unfinished, "wb") as file, bar:
-                for part in corpus.parts():
-                    file.write(np.asarray(tokenizer.encode(part), dtype=dtype).tobytes())
-                    bar.update(len(part.encode()))
-            os.replace(unfinished, path)
+            with open(unfinished[0], "wb") as starts, open(unfinished[1], "wb") as tokens, bar:
+                num_tokens, begins = 0, True
+                for text, ends in _documents(corpus.parts(), document_end):
+                    if begins:
+                        starts.write(np.int64(num_tokens).tobytes())
+                    token_ids = np.asarray(tokenizer.encode(text), dtype=dtype)
+                    tokens.write(token_ids.tobytes())
+                    num_tokens, begins = num_tokens + len(token_ids), ends
+                    bar.update(len(text.encode()))
+            for written, path in zip(unfinished, paths, strict=True):  # the tokens last: where they are, all is
+                os.replace(written, path)
         finally:
-            unfinished.unlink(missing_ok=True)
-    return np.memmap(path, dtype=dtype, mode="r")
+            for path in unfinished:
+                path.unlink(missing_ok=True)
+    return np.memmap(paths[1], dtype=dtype, mode="r"), np.memmap(paths[0], dtype=np.int64, mode="r")
+
+
+def _documents(parts: Iterator[str], document_end: str) -> Iterator[tuple[str, bool]]:
+    """The text in pieces that can be tokenised by themselves, and whether a document ends with the piece."""
+    if not document_end:
+        yield from ((part, False) for part in parts)
+        return
+    rest = ""
+    for part in parts:
+        *whole, rest = (rest + part).split(document_end)
+        yield from ((text + document_end, True) for text in whole)
+    if rest:
+        yield rest, True
 
 
 def split(token_ids: np.ndarray, validation_fraction: float, seqlen: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,11 +173,25 @@ def split(token_ids: np.ndarray, validation_fraction: float, seqlen: int) -> tup
     return token_ids[:num_train], token_ids[num_train:]
 
 
+def split_starts(document_starts: np.ndarray, num_train: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where documents begin in the first num_train tokens, and in those after them, each counted from its part."""
+    first = int(np.searchsorted(document_starts, num_train))
+    return document_starts[:first], document_starts[first:] - num_train
+
+
 class Windows:
     """Cuts windows of seqlen + 1 tokens out of token_ids (num_tokens,) and hands them out on `device`."""
 
-    def __init__(self, token_ids: np.ndarray, seqlen: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        token_ids: np.ndarray,
+        seqlen: int,
+        device: torch.device | str,
+        document_starts: np.ndarray | None = None,
+    ) -> None:
+        """With document_starts (num_documents,), ascending positions in token_ids, `documents` can be asked for."""
         self.token_ids = token_ids
+        self.document_starts = document_starts
         self.seqlen = seqlen
         self.device = torch.device(device)
         self.num_starts = len(token_ids) - seqlen
@@ -156,6 +204,37 @@ class Windows:
     def cut(self, starts: np.ndarray) -> np.ndarray:
         """The tokens from each start on, (len(starts), seqlen + 1) int32."""
         return self.token_ids[starts[:, None] + np.arange(self.seqlen + 1)].astype(np.int32)
+
+    def documents(self, starts: np.ndarray) -> np.ndarray:
+        """Where each document begins in the inputs of `at(starts)`, one after the other; what begins a window counts.
+
+        (max_documents(len(starts)) + 1,) int32, ascending, as attention over packed documents takes it; the end of the
+        inputs fills the rest, which makes empty documents.
+        """
+        assert self.document_starts is not None
+        first = np.searchsorted(self.document_starts, starts, side="right")
+        last = np.searchsorted(self.document_starts, starts + self.seqlen, side="left")
+        inside = [self.document_starts[i:j] - start for i, j, start in zip(first, last, starts, strict=True)]
+        begins = [np.concatenate([[0], x]) + n * self.seqlen for n, x in enumerate(inside)]
+        padded = np.full(self.max_documents(len(starts)) + 1, len(starts) * self.seqlen, dtype=np.int32)
+        flat = np.concatenate(begins)
+        padded[: len(flat)] = flat
+        return padded
+
+    def max_documents(self, num_windows: int) -> int:
+        """How many documents, or parts of one, so many windows hold at most."""
+        return num_windows * (1 + self._most_inside)
+
+    @functools.cached_property
+    def _most_inside(self) -> int:
+        """Documents that begin behind a window's first token: the most of any window."""
+        starts, most = self.document_starts, 0
+        assert starts is not None
+        for begin in range(0, len(starts), _PART):
+            some = starts[begin : begin + _PART]
+            ends = np.searchsorted(starts, some + self.seqlen - 1, side="left")
+            most = max(most, int((ends - np.arange(begin, begin + len(some))).max()))
+        return min(most, self.seqlen - 1)
 
     def random_starts(self, batch_size: int, seed: int, step: int) -> np.ndarray:
         """(batch_size,) positions that depend on seed and step alone, on every machine and numpy release."""

@@ -1,7 +1,8 @@
 """Several processes that train one model: what `torchrun` started, or just this one.
 
-Every process has the whole model and takes an equal share of each batch; gradients are added up over all of them. The
-batch as a whole, and so the loss curve, is that of one process, but for rounding.
+Every process takes an equal share of each batch; gradients are added up over all of them. The batch as a whole, and so
+the loss curve, is that of one process, but for rounding. Every process has the whole model, or, where it is sharded
+(FSDP2, Zhao et al., arXiv:2304.11277), a slice of each weight, its gradient and its optimizer state.
 
 Knows torch.distributed; knows nothing of models or files.
 """
@@ -10,10 +11,11 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,42 @@ class Workers:
 ALONE = Workers()
 
 
+def shard(model: nn.Module, layers: Sequence[nn.Module], forward_methods: Sequence[str]) -> None:
+    """Leave each worker a slice of every weight; a layer's weights are gathered while it computes.
+
+    forward_methods  what is called of the model in place of `forward`
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    for module in (*layers, model):
+        fully_shard(module)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)  # the loss is a part of the whole batch's mean: gradients add up
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction
+    for name in forward_methods:
+        register_fsdp_forward_method(model, name)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each worker may have a slice; every worker has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sliced_like(tensor: Tensor, like: Any) -> Tensor:
+    """What this worker holds of `tensor`, the same everywhere, if it is sliced as `like` is."""
+    if not hasattr(like, "full_tensor") or tensor.dim() == 0:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
 @contextlib.contextmanager
 def workers(device: torch.device) -> Iterator[tuple[Workers, torch.device]]:
-    """The workers that torchrun's environment speaks of, connected by NCCL or gloo, and the device of this one."""
+    """The workers that torchrun's environment speaks of, connected by NCCL or gloo, and the device of this one.
+
+    A process group that there is already is used, and left.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ALONE, device
@@ -64,10 +99,13 @@ def workers(device: torch.device) -> Iterator[tuple[Workers, torch.device]]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
-    )
+    begun_here = not torch.distributed.is_initialized()
+    if begun_here:
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+        )
     try:
         yield Workers(rank=rank, count=count), device
     finally:
-        torch.distributed.destroy_process_group()
+        if begun_here:
+            torch.distributed.destroy_process_group()

@@ -10,12 +10,14 @@ the cache: the first call (prefill) attends among its own tokens, later ones ove
 Knows kernels only through `import kernels`; knows nothing of text, files or training.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from toy_lm.config import ModelConfig
@@ -115,14 +117,30 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, positions: Tensor, prefill: bool
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        layer: int,
+        positions: Tensor,
+        prefill: bool,
+        documents: Tensor | None,
     ) -> Tensor:
         batch_size, seqlen, _ = x.shape
         per_head = (batch_size, seqlen, -1, self.head_dim)
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q = rotate(self.q_norm(q.view(per_head)), cos, sin).transpose(1, 2)
-        k = rotate(self.k_norm(k.view(per_head)), cos, sin).transpose(1, 2)
-        v = v.view(per_head).transpose(1, 2)
+        q = rotate(self.q_norm(q.view(per_head)), cos, sin)
+        k = rotate(self.k_norm(k.view(per_head)), cos, sin)
+        v = v.view(per_head)
+        if documents is not None:
+            packed = (q.flatten(0, 1), k.to(q.dtype).flatten(0, 1), v.to(q.dtype).flatten(0, 1))
+            out = kernels.flash_attention_varlen(
+                *packed, documents, documents, max_seqlen_q=seqlen, max_seqlen_k=seqlen, causal=True
+            )
+            assert isinstance(out, Tensor)
+            return self.o_proj(out.reshape(batch_size, seqlen, -1))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         # q (batch, num_heads, seqlen, head_dim); k, v (batch, num_kv_heads, seqlen, head_dim)
 
         if cache is not None:
@@ -149,18 +167,43 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+class Dropout(nn.Module):
+    """Leaves out a share of a tensor's entries in training and scales up the rest; one random byte decides on each.
+
+    The share is rounded to 1/256. A generator that draws one 32-bit number for each entry costs more than a layer's
+    other element-wise work: 5.96 ms a step of the `shakespeare` preset on an H200, where 5.13 have no dropout.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.threshold = round(256 * share)
+
+    def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        """noise: uint8 of x's shape, from `noise`."""
+        return x if noise is None else x * (noise >= self.threshold) * (256 / (256 - self.threshold))
+
+    def noise(self, *shape: int, device: torch.device) -> Tensor | None:
+        """Random bytes (*shape,); None where nothing is to be left out."""
+        if not self.training or self.threshold == 0:
+            return None
+        words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=device)
+        return words.random_(-(1 << 63), None).view(torch.uint8)[: math.prod(shape)].view(shape)
+
+
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, attention: str, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.input_layernorm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.self_attn = Attention(config, attention)
         self.post_attention_layernorm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *context))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+    def forward(self, x: Tensor, noise: Tensor | None, *context) -> Tensor:
+        """noise (2, batch, seqlen, model_dim) uint8, for each of the two parts, or None."""
+        first, second = (None, None) if noise is None else noise
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *context), first)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)), second)
 
 
 class Decoder(nn.Module):
@@ -168,7 +211,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, attention: str, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(Layer(config, attention, dropout) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim, eps=config.norm_eps)
@@ -211,8 +254,15 @@ class Transformer(nn.Module):
         """
         return self.model.norm(self.decoded(token_ids, cache))
 
-    def decoded(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last layer's output (batch, seqlen, model_dim), before the norm."""
+    def decoded(
+        self, token_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None, recompute: bool = False
+    ) -> Tensor:
+        """The last layer's output (batch, seqlen, model_dim), before the norm.
+
+        documents  (num_documents + 1,) int32, where each begins in the batch * seqlen tokens: attention stays within
+        recompute  keep each layer's input alone, and compute the rest of it again when its gradients are asked for
+                   (Chen et al., arXiv:1604.06174)
+        """
         _, seqlen = token_ids.shape
         if seqlen > self.config.max_seqlen:
             raise ValueError(f"token_ids: got {seqlen} tokens, the model's context holds {self.config.max_seqlen}")
@@ -222,13 +272,20 @@ class Transformer(nn.Module):
             positions = positions + cache.seqlens[:, None]  # (batch, seqlen)
             cache.grow(seqlen)
         cos, sin = self.model.rotary(positions)
-        x = self.model.dropout(self.model.embed_tokens(token_ids))  # (batch, seqlen, model_dim)
+        x = self.model.embed_tokens(token_ids)  # (batch, seqlen, model_dim)
+        noise = self.model.dropout.noise(2 * len(self.model.layers) + 1, *x.shape, device=x.device)
+        x = self.model.dropout(x, None if noise is None else noise[-1])
         if torch.is_autocast_enabled(
             x.device.type
         ):  # what the layers add to is kept in their own dtype: half the traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for number, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, cache, number, positions, prefill)
+            own = None if noise is None else noise[2 * number : 2 * number + 2]
+            arguments = (x, own, cos, sin, cache, number, positions, prefill, documents)
+            if recompute:  # what is random is an argument
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*arguments)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

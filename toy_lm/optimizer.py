@@ -6,15 +6,19 @@ Knows torch and the names of the parameters; knows nothing of data or of the loo
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from toy_lm import distributed
 from toy_lm.config import TrainConfig
 
 # Five rounds of this quintic bring the singular values of a matrix near 1 (Keller Jordan, "Muon", 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
+# torch 2.11 ends in an assertion where it looks for an order of loops in ops on lists of tensors.
+_COMPILE_OPTIONS: dict[str, Any] = {"loop_ordering_after_fusion": False}
 
 
 class Muon(torch.optim.Optimizer):
@@ -35,7 +39,11 @@ class Muon(torch.optim.Optimizer):
         compile: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.move = torch.compile(move, fullgraph=True, dynamic=False) if compile else move
+        # Inductor of torch 2.11 stumbles over lists of tensors where it may reorder their loops.
+        options = {"loop_ordering_after_fusion": False}
+        self.move = move
+        if compile:
+            self.move = torch.compile(move, fullgraph=True, dynamic=False, options=_COMPILE_OPTIONS)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -48,7 +56,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 by_shape.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
             for parameters in by_shape.values():
-                gradients = [parameter.grad for parameter in parameters]
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
                 self.move(parameters, gradients, averages, group["lr"], group["momentum"], group["weight_decay"])
 
@@ -64,12 +72,13 @@ def move(
     """One step of Muon for matrices of one shape, some of them transposed; changes parameters and averages."""
     torch._foreach_lerp_(averages, gradients, 1.0 - momentum)
     ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov
-    update = orthogonalize(torch.stack([_wide(x).bfloat16() for x in ahead]))  # (matrices, rows, columns)
+    # (matrices, rows, columns); whole matrices, also where workers hold slices of them
+    update = orthogonalize(torch.stack([_wide(distributed.whole(x.bfloat16())) for x in ahead]))
     # An orthogonal update has entries of about 1 / sqrt(max(rows, columns)); AdamW's are about 0.2.
     update = update.to(parameters[0].dtype) * (-0.2 * max(parameters[0].shape) ** 0.5 * lr)
     torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
-    moves = zip(update.unbind(), parameters, strict=True)
-    torch._foreach_add_(parameters, [x if x.shape == parameter.shape else x.mT for x, parameter in moves])
+    moves = [x if x.shape == p.shape else x.mT for x, p in zip(update.unbind(), parameters, strict=True)]
+    torch._foreach_add_(parameters, [distributed.sliced_like(x, p) for x, p in zip(moves, parameters, strict=True)])
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -142,9 +151,9 @@ class Optimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor of the state as {"optimizer.KEY.PARAMETER": tensor}."""
+        """Every tensor of the state as {"optimizer.KEY.PARAMETER": tensor}, whole: every worker has to ask."""
         return {
-            f"optimizer.{key}.{name}": value
+            f"optimizer.{key}.{name}": distributed.whole(value)
             for name, parameter in self.named.items()
             for optimizer in self.optimizers
             if parameter in optimizer.state
@@ -161,4 +170,4 @@ class Optimizer:
             key, _, name = rest.partition(".")
             parameter = self.named[name]
             optimizer = of_parameter[id(parameter)]
-            optimizer.state[parameter][key] = value.to(parameter.device)
+            optimizer.state[parameter][key] = distributed.sliced_like(value.to(parameter.device), parameter)

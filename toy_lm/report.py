@@ -49,10 +49,13 @@ def read_metrics(path: pathlib.Path) -> list[Metrics]:
     return [Metrics(step=int(row[0]), **dict(zip(_COLUMNS[1:], map(float, row[1:]), strict=True))) for row in rows]
 
 
-def plot_losses(path: pathlib.Path, rows: Sequence[Metrics], *, limit: float | None, title: str) -> str:
+def plot_losses(
+    path: pathlib.Path, rows: Sequence[Metrics], *, limit: float | None, peer: float | None = None, title: str
+) -> str:
     """Draw the losses over the steps and return one line that says where the picture is, or why there is none.
 
     limit  the text's entropy in nats per token, if it is known: a line that the losses cannot cross
+    peer   nanoGPT's best validation loss on this text, if it is known: a line that they should cross
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -67,6 +70,8 @@ def plot_losses(path: pathlib.Path, rows: Sequence[Metrics], *, limit: float | N
     axes.plot(steps, [row.validation_loss for row in rows], label="validation")
     if limit is not None:
         axes.axhline(limit, color="black", linestyle="--", linewidth=1, label=f"the text's entropy, {limit:.3f}")
+    if peer is not None:
+        axes.axhline(peer, color="gray", linestyle=":", linewidth=1.5, label=f"nanoGPT's best, {peer:.4f}")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     if rows and min(row.validation_loss for row in rows) > 0 and math.isfinite(rows[0].train_loss):
         axes.set_yscale("log")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from toy_lm.config import TrainConfig
 from toy_lm.data import Windows
-from toy_lm.distributed import ALONE, Workers
+from toy_lm.distributed import ALONE, Workers, whole
 from toy_lm.model import Transformer
 from toy_lm.optimizer import Optimizer
 
@@ -34,6 +34,8 @@ class TrainStep:
     autocast     what matrices are multiplied in; None is fp32
     compile      fuse the small ops of the layers, the losses and the optimizer with torch.compile
     workers      with whom each batch is shared out
+    recompute    keep little of each layer for the backward pass (gradient checkpointing)
+    sharded      the workers hold slices of the model: gradients are then added up as they come
 
     Raises ValueError if the batch cannot be shared out evenly.
     """
@@ -50,9 +52,11 @@ class TrainStep:
         autocast: torch.dtype | None,
         compile: bool = False,
         workers: Workers = ALONE,
+        recompute: bool = False,
+        sharded: bool = False,
     ) -> None:
         self.model, self.optimizer, self.windows, self.config, self.rate = model, optimizer, windows, config, rate
-        self.device, self.workers = device, workers
+        self.device, self.workers, self.recompute, self.sharded = device, workers, recompute, sharded
         if config.batch_size % (workers.count * config.grad_accumulation):
             raise ValueError(
                 f"batch_size: got {config.batch_size}, needs a multiple of {workers.count} workers times "
@@ -65,13 +69,19 @@ class TrainStep:
                 layer.compile(fullgraph=True, dynamic=False)  # compiled once, used by each
             self.output_losses = torch.compile(model.losses, fullgraph=True, dynamic=False)
         self.begin = self.next_step = self.end = 0  # the first step laid out, the one to do, the one after the last
-        shape = (TABLE, config.batch_size // workers.count, config.seqlen + 1)
+        part = config.batch_size // (workers.count * config.grad_accumulation)
+        shape = (TABLE, config.grad_accumulation, part, config.seqlen + 1)
         self.tokens = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.documents = None
+        if windows.document_starts is not None:
+            num_documents = windows.max_documents(part) + 1
+            self.documents = torch.zeros((*shape[:2], num_documents), dtype=torch.int32, device=device)
         self.rates = torch.zeros(TABLE, device=device)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.outcomes = torch.zeros(TABLE, 2, device=device)  # loss, gradient norm
         self.first_unread = 0  # the row of `outcomes` to read from
         self.unread: list[Tensor] = []
+        self.can_capture = device.type == "cuda" and not sharded
         self.graph: torch.cuda.CUDAGraph | None = None
         self.num_eager = 0
 
@@ -79,7 +89,7 @@ class TrainStep:
         """Do step number `step`, counted from 0; the host does not wait for the device."""
         if step != self.next_step or step == self.end:
             self._lay_out(step)
-        if self.graph is None and self.device.type == "cuda" and self.num_eager >= _STEPS_BEFORE_CAPTURE:
+        if self.graph is None and self.can_capture and self.num_eager >= _STEPS_BEFORE_CAPTURE:
             self.graph = self._captured()
         if self.graph is not None:
             self.graph.replay()
@@ -89,17 +99,18 @@ class TrainStep:
             self.num_eager += 1
         self.next_step = step + 1
 
-    def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Nats of each target, (batch * seqlen,) fp32, of inputs and targets (batch, seqlen) int64.
 
         Without gradients nothing is compiled: an evaluation is short, and its batches differ in size.
         """
         plain = not torch.is_grad_enabled()
+        recompute = self.recompute and not plain
         with (
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
             torch.compiler.set_stance("force_eager") if plain else contextlib.nullcontext(),
         ):
-            return self.output_losses(self.model.decoded(inputs), targets)
+            return self.output_losses(self.model.decoded(inputs, documents=documents, recompute=recompute), targets)
 
     def read(self) -> list[list[float]]:
         """[loss, gradient norm] of every step since the last call; waits for the device."""
@@ -115,14 +126,19 @@ class TrainStep:
         steps = range(step, step + TABLE)
         mine = slice(self.workers.rank, None, self.workers.count)
         starts = np.concatenate([self.windows.random_starts(config.batch_size, config.seed, s)[mine] for s in steps])
-        tokens = torch.from_numpy(self.windows.cut(starts)).view(self.tokens.shape)
         rates = torch.tensor([self.rate(s) for s in steps], dtype=torch.float32)
-        if self.device.type == "cuda":
-            tokens, rates = tokens.pin_memory(), rates.pin_memory()  # so that the copies do not wait for the device
-        self.tokens.copy_(tokens, non_blocking=True)
-        self.rates.copy_(rates, non_blocking=True)
+        self._send(torch.from_numpy(self.windows.cut(starts)), self.tokens)
+        self._send(rates, self.rates)
+        if self.documents is not None:
+            parts = starts.reshape(-1, self.tokens.shape[2])
+            self._send(torch.from_numpy(np.stack([self.windows.documents(part) for part in parts])), self.documents)
         self.row.zero_()
         self.begin, self.next_step, self.end, self.first_unread = step, step, step + TABLE, 0
+
+    def _send(self, values: Tensor, table: Tensor) -> None:
+        if self.device.type == "cuda":
+            values = values.pin_memory()  # so that the copy does not wait for the device
+        table.copy_(values.view(table.shape), non_blocking=True)
 
     def _collect(self) -> None:
         """Set aside the outcomes of the steps that were done since the last time."""
@@ -134,14 +150,17 @@ class TrainStep:
     def _step(self) -> None:
         config = self.config
         self.optimizer.set_learning_rate(self.rates[self.row])
-        windows = self.tokens[self.row].squeeze(0).long()  # (batch, seqlen + 1)
+        windows = self.tokens[self.row].squeeze(0).long()  # (grad_accumulation, part of the batch, seqlen + 1)
+        documents = None if self.documents is None else self.documents[self.row].squeeze(0)
         total = torch.zeros((), device=self.device)
-        for part in windows.chunk(config.grad_accumulation):
-            loss = self.losses(part[:, :-1], part[:, 1:]).sum() / (config.batch_size * config.seqlen)
+        for number, part in enumerate(windows):
+            nats = self.losses(part[:, :-1], part[:, 1:], None if documents is None else documents[number])
+            loss = nats.sum() / (config.batch_size * config.seqlen)
             loss.backward()
             total += loss.detach()
-        self.workers.add_up([total, *(p.grad for p in self.model.parameters() if p.grad is not None)])
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        gradients = [] if self.sharded else [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.workers.add_up([total, *gradients])
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.outcomes[self.row] = torch.stack((total, norm))
@@ -162,6 +181,6 @@ class TrainStep:
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads ask the device how it fares
             self._step()
         return graph

@@ -70,6 +70,9 @@ class Execution:
     autocast: torch.dtype | None
     compile: bool
     workers: Workers
+    recompute: bool = False
+    sharded: bool = False
+    tensorboard: bool = False
 
 
 def train(
@@ -85,7 +88,11 @@ def train(
     stop_after: int | None = None,
     precision: str = "auto",
     compile: bool | None = None,
+    documents: str | None = None,
+    recompute: bool = False,
+    shard: bool = False,
     profile: bool = False,
+    tensorboard: bool = False,
     log: Callable[[str], None] = tqdm.write,
 ) -> TrainResult:
     """Train on `corpus` (see `data.open_corpus`) and leave a run folder at `out`.
@@ -97,6 +104,11 @@ def train(
     steps       how many steps in all; None takes the preset's
     precision   "fp32", "bf16", or "auto": bf16 where the hardware multiplies it faster
     compile     fuse the small ops with torch.compile; None does so on CUDA where there is Triton
+    documents   the text behind which a document ends, as "\\n\\n": attention then stays within documents, which lie
+                packed in the windows; None takes the preset's. "fused" attention only
+    recompute   gradient checkpointing: keep each layer's input alone for the backward pass, compute the rest again
+    shard       under torchrun, leave each worker a slice of every weight (FSDP2), not a copy
+    tensorboard write the rows of metrics.csv for TensorBoard too
     profile     write trace.json, where the time of a few steps went, for chrome://tracing or ui.perfetto.dev
     stop_after  stop, with a checkpoint, once so many steps are done; None goes on to the end
 
@@ -108,13 +120,23 @@ def train(
         preset.train,
         seed=preset.train.seed if seed is None else seed,
         num_steps=preset.train.num_steps if steps is None else steps,
+        document_end=preset.train.document_end if documents is None else documents,
     )
     preset = dataclasses.replace(preset, train=config)
     with distributed.workers(pick_device(device)) as (workers, where):
         if compile is None:
             compile = where.type == "cuda" and importlib.util.find_spec("triton") is not None
         autocast = training_dtype(where, precision)
-        execution = Execution(attention=attention, device=where, autocast=autocast, compile=compile, workers=workers)
+        execution = Execution(
+            attention=attention,
+            device=where,
+            autocast=autocast,
+            compile=compile,
+            workers=workers,
+            recompute=recompute,
+            sharded=shard and workers.count > 1,
+            tensorboard=tensorboard,
+        )
         if workers.rank > 0:
             log = _silent
         with workers.first_alone():
@@ -196,10 +218,16 @@ class Trainer:
         device = execution.device
         self.model = model.to(device).train()
 
-        token_ids = data.tokenize(text, tokenizer, out)
-        train_ids, validation_ids = data.split(token_ids, self.config.validation_fraction, self.config.seqlen)
-        self.train_windows = data.Windows(train_ids, self.config.seqlen, device)
-        self.validation_windows = data.Windows(validation_ids, self.config.seqlen, device)
+        end, seqlen = self.config.document_end, self.config.seqlen
+        if end and execution.attention == "classic":
+            raise ValueError("attention: got 'classic', packed documents need 'fused'")
+        token_ids, starts = data.tokenize_documents(text, tokenizer, out, end)
+        train_ids, validation_ids = data.split(token_ids, self.config.validation_fraction, seqlen)
+        train_starts, validation_starts = data.split_starts(starts, len(train_ids)) if end else (None, None)
+        self.train_windows = data.Windows(train_ids, seqlen, device, train_starts)
+        self.validation_windows = data.Windows(validation_ids, seqlen, device, validation_starts)
+        if execution.sharded:
+            distributed.shard(self.model, list(self.model.model.layers), ("decoded", "losses"))
         self.optimizer = Optimizer(self.model, self.config, device, compile=execution.compile)
         rate = functools.partial(learning_rate, config=self.config)
         self.train_step = TrainStep(
@@ -212,7 +240,10 @@ class Trainer:
             autocast=execution.autocast,
             compile=execution.compile,
             workers=self.workers,
+            recompute=execution.recompute,
+            sharded=execution.sharded,
         )
+        self.board = _tensorboard(out) if execution.tensorboard and self.workers.rank == 0 else None
         self.bytes_per_token = text.num_bytes / len(token_ids)
         sizes = [len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)]
         self.token_sizes = torch.tensor(sizes, device=device)
@@ -230,7 +261,8 @@ class Trainer:
         lines = [
             f"model: {num_parameters:,} parameters, {self.execution.attention} attention, "
             f"{'fp32' if self.train_step.autocast is None else 'bf16 autocast'} on {self.device}"
-            + (f", {self.workers.count} workers" if self.workers.count > 1 else ""),
+            + (f", {self.workers.count} workers" if self.workers.count > 1 else "")
+            + (", sharded" if self.execution.sharded else ""),
             f"corpus: {self.text.name}, {self.text.num_bytes:,} bytes, {self.bytes_per_token:.2f} bytes per token, "
             f"vocabulary of {self.preset.model.vocab_size}",
             f"steps: {self.config.num_steps:,} of {self.config.batch_size} x {self.config.seqlen} tokens, "
@@ -316,7 +348,14 @@ class Trainer:
         num_bytes = torch.zeros((), dtype=torch.int64, device=self.device)
         for batch in np.array_split(starts, math.ceil(len(starts) / config.batch_size)):
             inputs, targets = self.validation_windows.at(batch)
-            nats += self.train_step.losses(inputs, targets).view(targets.shape)[:, counted].sum(dtype=torch.float64)
+            documents = None
+            if self.validation_windows.document_starts is not None:
+                documents = torch.from_numpy(self.validation_windows.documents(batch)).to(self.device)
+            nats += (
+                self.train_step.losses(inputs, targets, documents)
+                .view(targets.shape)[:, counted]
+                .sum(dtype=torch.float64)
+            )
             num_bytes += self.token_sizes[targets[:, counted]].sum()
         self.model.train()
         num_tokens = len(starts) * stride
@@ -327,6 +366,8 @@ class Trainer:
         self._read_losses()
         self._count_time(clock)
         if self.workers.rank > 0:
+            if self.execution.sharded:  # whose layers are gathered from all
+                self.evaluate()
             self.losses, self.row_seconds = [], 0.0
             return time.perf_counter()
         train_loss = math.fsum(self.losses) / len(self.losses)
@@ -346,6 +387,10 @@ class Trainer:
         )
         self.rows.append(row)
         report.write_metrics(self.out / "metrics.csv", self.rows)
+        if self.board is not None:
+            for name, value in dataclasses.asdict(row).items():
+                self.board.add_scalar(name, value, row.step)
+            self.board.flush()
         self.losses, self.row_seconds = [], 0.0
         limit = self.text.entropy
         log(
@@ -377,13 +422,14 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step; only a finite one."""
         self._read_losses()
-        self.saved_step = self.step
-        if self.workers.rank > 0:
-            return
+        weights = {name: distributed.whole(weight) for name, weight in self.model.state_dict().items()}
         state = {"rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         state.update(self.optimizer.state())
+        if self.workers.rank > 0:
+            self.saved_step = self.step
+            return
         info: dict[str, Any] = {
             "preset": dataclasses.asdict(self.preset),
             "corpus": {"name": self.text.name, "fingerprint": self.text.fingerprint},
@@ -392,7 +438,8 @@ class Trainer:
             "seconds": self.seconds,
             "row_seconds": self.row_seconds,
         }
-        checkpoint.save(self.out, step=self.step, weights=self.model.state_dict(), state=state, info=info)
+        checkpoint.save(self.out, step=self.step, weights=weights, state=state, info=info)
+        self.saved_step = self.step
 
     def restore(self, step: int, state: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Take over what `save` wrote at `step`, apart from the weights."""
@@ -412,7 +459,8 @@ class Trainer:
         if self.text.entropy is not None:
             limit = self.text.entropy.nats_per_byte * self.bytes_per_token
         title = f"{self.text.name}, {self.execution.attention} attention, step {self.step}"
-        return report.plot_losses(self.out / "loss.png", self.rows, limit=limit, title=title)
+        peer = self.config.nanogpt_loss if self.text.fingerprint == data.TINY_SHAKESPEARE else None
+        return report.plot_losses(self.out / "loss.png", self.rows, limit=limit, peer=peer, title=title)
 
     def result(self) -> TrainResult:
         last = self.rows[-1] if self.rows else None
@@ -432,6 +480,15 @@ class Trainer:
             tokens_per_second=last.tokens_per_second if last else nan,
             seconds=self.seconds,
         )
+
+
+def _tensorboard(out: pathlib.Path) -> Any:
+    """What writes for TensorBoard into out/tensorboard. Raises ValueError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard: it is not installed; pip install tensorboard, or train without it") from None
+    return SummaryWriter(str(out / "tensorboard"))
 
 
 @contextlib.contextmanager

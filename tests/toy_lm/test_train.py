@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -18,6 +17,7 @@ from corpus import SAMPLE
 from toy_lm import checkpoint, data, report, step
 from toy_lm import train as training
 from toy_lm.config import ModelConfig, Preset, TrainConfig, preset
+from toy_lm.model import Dropout
 from toy_lm.train import learning_rate, train
 
 TINY = Preset(
@@ -196,30 +196,6 @@ def test_classic_and_fused_attention_learn_alike(whole, tmp_path):
             assert float(row[name]) == pytest.approx(float(other[name]), rel=ROUNDING)
 
 
-def test_two_workers_learn_what_one_does(whole, tmp_path):
-    """Two processes over gloo, started by torchrun, and then one that resumes what they left."""
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import sys\n"
-        "from tests.toy_lm.test_train import CORPUS, TINY\n"
-        "from toy_lm.train import train\n"
-        "train(CORPUS, TINY, sys.argv[1], device='cpu', precision='fp32', stop_after=18)\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    root = pathlib.Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, tmp_path / "run"], check=True, env=environment, timeout=300)
-    assert _run(tmp_path / "run", resume=True).step == 24
-    rows, other_rows = _timeless(tmp_path / "run"), _timeless(whole[0])
-    assert len(rows) == len(other_rows) == 4
-    for row, other in zip(rows, other_rows, strict=True):
-        for name in row:
-            assert float(row[name]) == pytest.approx(float(other[name]), rel=ROUNDING)
-    weights, other_weights = _weights(tmp_path / "run"), _weights(whole[0])
-    for name in weights:
-        torch.testing.assert_close(weights[name], other_weights[name], atol=2e-3, rtol=0)
-
-
 def test_parts_of_a_batch_add_up_to_the_whole(whole, tmp_path):
     _run(tmp_path / "run", _tiny(grad_accumulation=2))
     for row, other in zip(_timeless(tmp_path / "run"), _timeless(whole[0]), strict=True):
@@ -389,3 +365,18 @@ def test_without_matplotlib_one_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     line = report.plot_losses(pathlib.Path("loss.png"), [], limit=None, title="")
     assert line == "no loss.png: matplotlib is not installed (pip install matplotlib)"
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_mean(device):
+    dropout = Dropout(0.2).train()
+    noise = dropout.noise(64, 1025, 3, device=torch.device(device))
+    x = torch.full(noise.shape, 3.0, device=device, requires_grad=True)
+    out = dropout(x, noise)
+    out.sum().backward()
+    kept = out != 0
+    share, num_entries = 51 / 256, noise.numel()
+    assert abs((~kept).sum().item() - share * num_entries) < 4 * (share * (1 - share) * num_entries) ** 0.5
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 3 / (1 - share)))
+    assert torch.equal(x.grad, out.detach() / 3)
+    assert dropout.eval().noise(8, device=torch.device(device)) is None and dropout(x, None) is x
+    assert Dropout(0.0).train().noise(8, device=torch.device(device)) is None
