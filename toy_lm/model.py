@@ -273,12 +273,11 @@ class Transformer(nn.Module):
             cache.grow(seqlen)
         cos, sin = self.model.rotary(positions)
         x = self.model.embed_tokens(token_ids)  # (batch, seqlen, model_dim)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # what the layers add to is kept in their own dtype: half the traffic
+            x = x.to(torch.get_autocast_dtype(kind))
         noise = self.model.dropout.noise(2 * len(self.model.layers) + 1, *x.shape, device=x.device)
         x = self.model.dropout(x, None if noise is None else noise[-1])
-        if torch.is_autocast_enabled(
-            x.device.type
-        ):  # what the layers add to is kept in their own dtype: half the traffic
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         for number, layer in enumerate(self.model.layers):
             own = None if noise is None else noise[2 * number : 2 * number + 2]
             arguments = (x, own, cos, sin, cache, number, positions, prefill, documents)

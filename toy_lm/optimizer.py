@@ -39,8 +39,6 @@ class Muon(torch.optim.Optimizer):
         compile: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        # Inductor of torch 2.11 stumbles over lists of tensors where it may reorder their loops.
-        options = {"loop_ordering_after_fusion": False}
         self.move = move
         if compile:
             self.move = torch.compile(move, fullgraph=True, dynamic=False, options=_COMPILE_OPTIONS)
