@@ -181,34 +181,21 @@ void multiply_range(const T* w, int64_t begin, int64_t end, const float* x, int6
 
 #if defined(TOY_LM_BF16_PAIRS)
 // The same for bf16 weights where the machine multiplies pairs of them: x is rounded to bf16, `pairs` has it as
-// [size / 2][columns][2] with columns = batch rounded up to 16, and all sequences go through the tiles at once. int8
-// weights are made bf16, exactly, a block of rows at a time.
+// [size / 2][columns][2] with columns = batch rounded up to 16, and all sequences go through the tiles at once.
 constexpr int64_t kPairRows = 32, kTransposed = 4;  // rows in a block; sequences that are worth a transposition
 
 inline bool in_pairs(int64_t size) { return size % 32 == 0 && Bf16PairProducts::worthwhile(); }
 
-inline const BFloat16* as_pairs(const BFloat16* w, int64_t, std::vector<uint32_t>&) { return w; }
-
-inline const BFloat16* as_pairs(const int8_t* w, int64_t size, std::vector<uint32_t>& room) {
-  room.resize(size / 2);
-  for (int64_t i = 0; i < size; i += 32) {
-    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)widen(w + i + 16), (__m512)widen(w + i));
-    std::memcpy(&room[i / 2], &both, sizeof both);
-  }
-  return reinterpret_cast<const BFloat16*>(room.data());
-}
-
-template <class W, class F>
-void multiply_pairs(const W* w, int64_t begin, int64_t end, const std::vector<uint32_t>& pairs, int64_t batch,
+template <class F>
+void multiply_pairs(const BFloat16* w, int64_t begin, int64_t end, const std::vector<uint32_t>& pairs, int64_t batch,
                     int64_t size, const F& use) {
   [[maybe_unused]] const Bf16PairProducts::Session session;
   const int64_t columns = (batch + 15) / 16 * 16;
   std::vector<float> products(kPairRows * columns), by_sequence(columns * kPairRows);
-  std::vector<uint32_t> room;
   for (int64_t n = begin; n < end; n += kPairRows) {
     const int64_t rows = std::min(kPairRows, end - n);
-    Bf16PairProducts::multiply(rows, columns, size, {as_pairs(w + n * size, rows * size, room), size, 1},
-                               reinterpret_cast<const BFloat16*>(pairs.data()), columns, products.data(), columns, true);
+    Bf16PairProducts::multiply(rows, columns, size, {w + n * size, size, 1}, reinterpret_cast<const BFloat16*>(pairs.data()),
+                               columns, products.data(), columns, true);
     if (batch < kTransposed) {
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t r = 0; r < rows; ++r) use(n + r, b, products[r * columns + b]);
@@ -237,12 +224,11 @@ void pack_pairs(const float* x, int64_t batch, int64_t size, std::vector<uint32_
 }
 #endif
 
-// T: the type of the weights that are not int8
-template <class T, class W, class F>
+template <class W, class F>
 void multiply(const W* w, int64_t rows, const float* x, int64_t batch, int64_t size, const F& use) {
   int64_t first = 0;  // of the rows that are not multiplied in pairs
 #if defined(TOY_LM_BF16_PAIRS)
-  if constexpr (std::is_same_v<T, BFloat16>) {
+  if constexpr (std::is_same_v<W, BFloat16>) {
     if (in_pairs(size)) {
       first = rows / 16 * 16;
       std::vector<uint32_t> pairs;
@@ -266,10 +252,10 @@ void multiply(const W* w, int64_t rows, const float* x, int64_t batch, int64_t s
 template <class T, class F>
 void multiply(const Tensor& w, const OptionalTensor& scale, int64_t layer, const float* x, int64_t batch, const F& use) {
   const int64_t rows = w.size(1), size = w.size(2), at = layer * rows * size;
-  if (!scale.has_value()) return multiply<T>(data<T>(w) + at, rows, x, batch, size, use);
+  if (!scale.has_value()) return multiply(data<T>(w) + at, rows, x, batch, size, use);
   const float* scales = data<float>(*scale) + layer * rows;
-  multiply<T>(data<int8_t>(w) + at, rows, x, batch, size,
-              [&](int64_t n, int64_t b, float value) { use(n, b, value * scales[n]); });
+  multiply(data<int8_t>(w) + at, rows, x, batch, size,
+           [&](int64_t n, int64_t b, float value) { use(n, b, value * scales[n]); });
 }
 
 // hidden[b][n] = silu(gate) * up, from what the products left: [batch][2 rows], the gates before the ups.
@@ -443,8 +429,8 @@ Tensor run(const Arguments& a) {
   norm_all(data<T>(a.final_norm));
   Tensor logits = torch::stable::new_empty(a.embedding, {batch, vocab_size}, ScalarType::Float);
   float* written = static_cast<float*>(logits.mutable_data_ptr());
-  multiply<T>(data<T>(a.embedding), vocab_size, normed.data(), batch, dim,
-              [&](int64_t n, int64_t b, float value) { written[b * vocab_size + n] = value; });
+  multiply(data<T>(a.embedding), vocab_size, normed.data(), batch, dim,
+           [&](int64_t n, int64_t b, float value) { written[b * vocab_size + n] = value; });
   return logits;
 }
 

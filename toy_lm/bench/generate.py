@@ -54,6 +54,7 @@ def run(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="default: 1 16, on a GPU 1 64")
     parser.add_argument("--num-tokens", type=int, help="new tokens of each text; default: up to the context")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--no-peers", action="store_true", help="time nothing but this library")
     parser.add_argument("--static-cache", action="store_true", help="also transformers with static cache, compiled")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to be timed too")
     parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for generate.json")
@@ -71,8 +72,11 @@ def run(arguments: Sequence[str] = ()) -> None:
         for dtype in dtypes:
             lm = toy_lm.load(folder, device=device.type, dtype=dtype)
             binding = lm.binding.line
-            contestants = {"toy-lm": _ours(lm), **_transformers(folder, device, dtype, options.static_cache)}
-            contestants |= _nanogpt(options.nanogpt, config, device, dtype)
+            contestants = {"toy-lm": _ours(lm)}
+            contestants["toy-lm int8"] = _ours(toy_lm.load(folder, device=device.type, dtype=dtype, int8=True))
+            if not options.no_peers:
+                contestants |= _transformers(folder, device, dtype, options.static_cache)
+                contestants |= _nanogpt(options.nanogpt, config, device, dtype)
             for batch_size in batch_sizes:
                 seconds = _time(contestants, batch_size, num_tokens, options.repetitions)
                 rows += [
