@@ -64,6 +64,41 @@ def test_alone_equals_batched_equals_streamed(lm: LanguageModel, settings: dict)
     assert len(set(alone)) == len(PROMPTS)
 
 
+def test_prompts_are_read_together_without_much_padding(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    """Equal ones once, ones of about the same length together, never more tokens at once than the limit."""
+    prompts = [*PROMPTS, "d" * 40, "the quick", "the quick", "quick the"]
+    expected = [lm.generate(prompt, max_new_tokens=40, seed=4)[0] for prompt in prompts]
+    read: list[tuple[int, int]] = []
+    hidden = type(lm.model).hidden
+
+    def recording(self, token_ids, cache=None):
+        read.append(tuple(token_ids.shape))
+        return hidden(self, token_ids, cache)
+
+    monkeypatch.setattr(type(lm.model), "hidden", recording)
+    monkeypatch.setattr(decode, "_PADDING", 4)
+    monkeypatch.setattr(decode, "_TOKENS_AT_ONCE", 40)
+    assert lm.generate_batch(prompts, max_new_tokens=40, seed=4) == expected
+    assert all(rows == 1 or rows * seqlen <= 40 for rows, seqlen in read)
+    assert any(rows > 1 for rows, _ in read)
+    read.clear()
+    lm.generate("the quick", max_new_tokens=1, num_samples=5)
+    assert read == [(1, len(lm.prompt_ids("the quick")) - 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 1.3, "top_k": 40, "seed": 5}])
+def test_both_devices_give_the_same_text(run_folder: str, settings: dict):
+    """In fp32, whose rounding is far below what separates these tokens."""
+    texts = [
+        toy_lm.load(run_folder, device=device, dtype=torch.float32).generate_batch(
+            PROMPTS, max_new_tokens=50, **settings
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_seeds(lm: LanguageModel):
     texts = lm.generate("the", max_new_tokens=30, num_samples=4, seed=10)
     assert texts == lm.generate("the", max_new_tokens=30, num_samples=4, seed=10)
