@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import toy_lm
-from toy_lm import checkpoint
+from toy_lm import checkpoint, next_words
 from toy_lm.config import ModelConfig, preset
 from toy_lm.device import pick_device
 from toy_lm.model import Transformer
@@ -51,6 +52,7 @@ def run(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(prog="toy-lm bench generate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--preset", default="shakespeare", help="whose model shape")
+    parser.add_argument("--run", metavar="FOLDER", help="a trained model instead; also shows what int8 costs it")
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="default: 1 16, on a GPU 1 64")
     parser.add_argument("--num-tokens", type=int, help="new tokens of each text; default: up to the context")
     parser.add_argument("--repetitions", type=int, default=3)
@@ -59,7 +61,8 @@ def run(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to be timed too")
     parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for generate.json")
     options = parser.parse_args(arguments)
-    device, config = pick_device(options.device), preset(options.preset).model
+    device = pick_device(options.device)
+    config = checkpoint.load(options.run).config if options.run else preset(options.preset).model
     num_tokens = options.num_tokens or config.max_seqlen - 1
     if not 1 <= num_tokens < config.max_seqlen:
         raise ValueError(f"num-tokens: got {num_tokens}, needs 1 to {config.max_seqlen - 1}, the context less one")
@@ -67,13 +70,21 @@ def run(arguments: Sequence[str] = ()) -> None:
     dtypes = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
 
     with tempfile.TemporaryDirectory() as folder:
-        _write_model(folder, config)
-        rows, binding = [], ""
+        if options.run:
+            folder = options.run
+        else:
+            _write_model(folder, config)
+        rows, losses, binding = [], "", ""
         for dtype in dtypes:
             lm = toy_lm.load(folder, device=device.type, dtype=dtype)
             binding = lm.binding.line
             contestants = {"toy-lm": _ours(lm)}
-            contestants["toy-lm int8"] = _ours(toy_lm.load(folder, device=device.type, dtype=dtype, int8=True))
+            int8 = toy_lm.load(folder, device=device.type, dtype=dtype, int8=True)
+            contestants["toy-lm int8"] = _ours(int8)
+            if options.run:
+                losses += (
+                    f"\n  nats/token on corpus/sample.txt, {str(dtype)[6:]}: {_loss(lm):.5f}, int8 {_loss(int8):.5f}"
+                )
             if not options.no_peers:
                 contestants |= _transformers(folder, device, dtype, options.static_cache)
                 contestants |= _nanogpt(options.nanogpt, config, device, dtype)
@@ -89,7 +100,8 @@ def run(arguments: Sequence[str] = ()) -> None:
                     Row(name="first token of 200", dtype=str(dtype)[6:], batch_size=1, num_tokens=1, seconds=first)
                 )
     print(
-        f"{binding}\n{options.preset}: {config.num_layers} layers of {config.model_dim}, top-k {TOP_K}\n{table(rows)}"
+        f"{binding}\n{options.run or options.preset}: {config.num_layers} layers of {config.model_dim}, top-k {TOP_K}\n"
+        f"{table(rows)}{losses}"
     )
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -115,6 +127,16 @@ def _write_model(folder: str, config: ModelConfig) -> None:
     torch.manual_seed(0)
     checkpoint.begin(folder, config, tokenizer)
     checkpoint.save(folder, step=0, weights=Transformer(config).state_dict(), state={}, info={})
+
+
+@torch.inference_mode()
+def _loss(lm: "toy_lm.LanguageModel") -> float:
+    """Of the sample text, read in windows of the context: nats per token."""
+    token_ids = torch.tensor(lm.prompt_ids(next_words.read_text("sample")), device=lm.device)
+    context = lm.model.config.max_seqlen
+    num_windows = (len(token_ids) - 1) // context
+    given, wanted = (token_ids[shift:][: num_windows * context].view(num_windows, context) for shift in (0, 1))
+    return F.cross_entropy(lm.model(given).double().flatten(0, 1), wanted.flatten()).item()
 
 
 Contestant = Callable[[int, int], object]  # (batch size, number of new tokens) -> whatever; ends when all is done
