@@ -1,10 +1,12 @@
 """Top-K, step 7: no rounds. The kernel that this project ships, `kernels.top_k`.
 
-Idea. K rounds wait for one another. To know which K are the largest, one number is enough, the K-th largest; and a
-32-bit key is found from its highest bit to its lowest with one count for each bit, however large K is:
+Idea. K rounds wait for one another. To know which K are the largest, one number is enough, the K-th largest; and each
+count, however large K is, settles one bit of it:
 
-    cut = 0
-    for bit = 31 .. 0:    if #{ key >= cut with that bit set } >= K:   set that bit of cut
+    low, high = the smallest key, the largest key
+    while low < high:    middle = halfway;   if #{ key >= middle } >= K:  low = middle   else:  high = middle - 1
+
+Once a count is K exactly there is nothing left to ask.
 
 Everything above the cut stays, and of what equals it as much as there is room for, from the left. A running count gives
 each survivor its place in a list of K. Only the list is sorted, by a network: compare and exchange over fixed
@@ -18,8 +20,8 @@ distances, in registers, log2(K) (log2(K) + 1) / 2 stages for all of it.
 A short row is a list already: 32 elements are sorted in 15 stages, where 32 rounds took two reductions each; and one
 program sorts several of them, so that its four warps have something to do.
 
-What it costs. 32 comparisons an element, whatever K is, in place of K rounds of six operations, and the groups are
-chosen by the same cut in the same launch as the elements.
+What it costs. A dozen comparisons an element, 32 at worst, whatever K is, in place of K rounds of six operations, and
+the groups are chosen by the same cut in the same launch as the elements.
 
 The code is kernels/top_k/triton_top_k.py and triton_select.py: any dtype, any K, NaN, and `sample` on top of it.
 """

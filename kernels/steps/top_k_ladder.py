@@ -248,7 +248,8 @@ _TYPES = {
     **dict.fromkeys(("x", "values", "maxima"), "*fp32:16"),
     **dict.fromkeys(("indices", "chosen", "candidates"), "*i64:16"),
     **dict.fromkeys(("group_keys", "chosen_groups"), "*i32:16"),
-    "partials": "*fp32:16",
+    **dict.fromkeys(("partials", "masses"), "*fp32:16"),
+    **{"temperature": "fp32", "temperature_stride": "i32"},
     **dict.fromkeys(("n", "row_stride"), "i32:16"),
     **dict.fromkeys(("k", "batch", "num_pieces", "num_groups", "num_chunks"), "i32"),
 }
@@ -263,7 +264,7 @@ def _shipped_kernels() -> Sequence[Compilation]:
     """At the headline size: groups of 32, the best 64 of them, a list of up to 64."""
     from kernels.top_k import triton_select, triton_top_k
 
-    chunk = {"SUM_EXP": False, "GROUP": GROUP, "CHUNK": triton_select.CHUNK}
+    chunk = {"SUM_EXP": False, "MASS": False, "PER_ROW": 0, "GROUP": GROUP, "CHUNK": triton_select.CHUNK}
     tile = {"BITS": 32, "TILE": 64 * GROUP, "GROUP": GROUP, "NUM_GROUPS": 4096, "K": 64}
     return [
         _row_kernel(triton_select.group_maxima, chunk, triton_select.CHUNK_WARPS),

@@ -4,14 +4,15 @@
     long rows, top-k     a first launch reads the row once, in parallel chunks, and keeps the maximum of each group of
                          neighbours; in a second, one program per row finds the best groups, which hold the best
                          tokens, and does with them what is done with a short row
-    long rows otherwise  maxima of chunks; where a filter asks for it, a cut (triton_top_p.py); weights of chunks; the
-                         chunk into which the random number falls, and the token in it
+    long rows otherwise  maxima of chunks; for top-p a bracket of the cut; weights of groups; the cut, the group into
+                         which the random number falls, and the token in it (triton_top_p.py)
 
 Knows Triton; knows nothing of models. Arguments were checked in op.py.
 """
 # ruff: noqa: SIM102  an outer `if` on a constant is decided by the compiler, the inner one by the row
 
 import dataclasses
+import math
 
 import torch
 import triton
@@ -41,6 +42,7 @@ from kernels.top_k.triton_select import (
     launch_group_maxima,
     log_sum_exp,
     ordered_key,
+    parameter,
     power_of_2,
     random_below,
     rate_of,
@@ -50,22 +52,25 @@ from kernels.top_k.triton_select import (
     value_of_key,
 )
 from kernels.top_k.triton_top_p import (
-    LEVELS,
-    LIST_LENGTH,
-    LIST_WARPS,
-    WEIGH_WARPS,
-    chunk_curves,
-    cut_within_bracket,
+    EVERY_TOKEN,
+    cut_in_row,
     find_bracket,
     kept_weight,
     load_block,
-    mass_cut,
-    parameter,
+    load_bracket,
+    load_list,
     rank_cut,
     row_maximum,
-    weigh_chunks,
-    weight_from,
+    search_list,
+    search_row,
+    weigh_groups,
 )
+
+WEIGH_WARPS = 8
+GROUP = 512
+DRAW_WARPS = 8
+SAMPLE_PART, MAX_SAMPLE = 8, 16384  # a bracket is found from one token in so many
+LIST_FACTOR, MAX_LIST = 10, 16384  # times the square root of the vocabulary: so many tokens within it can be listed
 
 
 @triton.jit
@@ -160,7 +165,7 @@ def _sample_tile(
     weight = integer_weight(z, rate_of(temperature))  # [TILE]
     if TOP_K:
         if k < vocab_size:
-            weight = tl.where(keep_best(key, k, BITS), weight, 0)
+            weight = tl.where(keep_best(key, k), weight, 0)
     if TOP_P:
         if p < 1.0:
             weight = _keep_top_p(key, weight, p, BITS)
@@ -191,90 +196,112 @@ def _find_cut(
     logits, batch, vocab_size, row_stride,
     temperature, top_k, top_p, min_p, seed, step,
     temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride,
-    group_keys, cuts, lasts, num_chunks,
+    group_keys, cuts, num_chunks,
     PER_ROW: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row: what top-k and top-p keep, as the keys above a cut, and those equal to it up to a token."""
+    """One program, one row: what top-k and top-p keep, as the keys above a cut, and those equal to it up to a token:
+    cuts (batch, 2)."""
     row = tl.program_id(0).to(tl.int64)
     allowed, _, temperature, k, p, _, _, _ = _row_parameters(
         row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
         temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
     )  # fmt: skip
     logits += row * row_stride
-    finite, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
+    finite, max_key, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
     good = allowed & finite
     rate = rate_of(temperature)
     cut = tl.full((), 0, tl.uint32)
-    last = tl.full((), 0x7FFFFFFF, tl.int32)
+    last = tl.full((), EVERY_TOKEN, tl.int32)
     if good & (k < vocab_size):
-        cut, last = rank_cut(logits, vocab_size, k, BLOCK)
+        cut, last = rank_cut(logits, vocab_size, k, max_key, BLOCK)
     if good & (p < 1.0):
-        total = weight_from(logits, vocab_size, row_max, rate, cut, last, FINITE_KEYS_FROM, BLOCK)
-        target = tl.maximum(share(total, p), 1)
-        cut, last = mass_cut(logits, vocab_size, row_max, rate, cut, last, target, BLOCK)
-    tl.store(cuts + row, cut.to(tl.int32, bitcast=True))
-    tl.store(lasts + row, last)
-
-
-@triton.jit
-def _load_cut(cuts, lasts, row, CUT: tl.constexpr):
-    if CUT:
-        return tl.load(cuts + row).to(tl.uint32, bitcast=True), tl.load(lasts + row)
-    else:
-        return tl.full((), 0, tl.uint32), tl.full((), 0x7FFFFFFF, tl.int32)
-
-
-@triton.jit(do_not_specialize=["top_k", "seed", "step"])
-def _chunk_weights(
-    logits, batch, vocab_size, row_stride,
-    temperature, top_k, top_p, min_p, seed, step,
-    temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride,
-    group_keys, cuts, lasts, chunk_sums, num_chunks,
-    PER_ROW: tl.constexpr, CUT: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One program, one chunk of a row: the sum of the weights of its kept tokens. chunk_sums (batch, num_chunks)."""
-    row = (tl.program_id(0) // num_chunks).to(tl.int64)
-    chunk = tl.program_id(0) % num_chunks
-    _, _, temperature, _, _, least_weight, _, _ = _row_parameters(
-        row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
-        temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
-    )  # fmt: skip
-    _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
-    cut, last = _load_cut(cuts, lasts, row, CUT)
-    tokens, x, key = load_block(logits + row * row_stride, chunk * CHUNK, vocab_size, CHUNK)
-    weight = kept_weight(tokens, x, key, row_max, rate_of(temperature), cut, last)
-    tl.store(chunk_sums + row * num_chunks + chunk, tl.sum(tl.where(weight >= least_weight, weight, 0)))
+        total = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, vocab_size, BLOCK):
+            tokens, x, key = load_block(logits, start, vocab_size, BLOCK)
+            total += kept_weight(tokens, x, key, row_max, rate, cut, last)
+        reached = tl.sum(total)
+        target = tl.maximum(share(reached, p), 1)
+        low = tl.full((), 1, tl.uint32)
+        cut, last = search_row(
+            logits, vocab_size, row_max, rate, cut, last, target, low, max_key, reached, reached * 0, True, BLOCK
+        )
+    tl.store(cuts + row * 2, cut.to(tl.int32, bitcast=True))
+    tl.store(cuts + row * 2 + 1, last)
 
 
 @triton.jit(do_not_specialize=["top_k", "seed", "step"])
-def _draw_from_chunks(
+def _draw_long(
     logits, token_ids, logprobs, batch, vocab_size, row_stride,
     temperature, top_k, top_p, min_p, seed, step,
     temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride,
-    group_keys, partials, cuts, lasts, chunk_sums, num_chunks,
-    PER_ROW: tl.constexpr, CUT: tl.constexpr, LOGPROBS: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    group_keys, partials, brackets, counts, listed, group_sums, num_chunks, num_groups,
+    PER_ROW: tl.constexpr, CUT: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, LOGPROBS: tl.constexpr,
+    LIST: tl.constexpr, NUM_CHUNKS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row: the chunk into which the random number falls, then the token in it."""
+    """One program, one row: the cut, the group into which the random number falls, then the token in it."""
     row = tl.program_id(0).to(tl.int64)
-    allowed, greedy, temperature, _, _, least_weight, seed, step = _row_parameters(
+    allowed, greedy, temperature, _, p, least_weight, seed, step = _row_parameters(
         row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
         temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
     )  # fmt: skip
-    finite, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
+    finite, max_key, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
     good = allowed & finite
-    cut, last = _load_cut(cuts, lasts, row, CUT)
-    chunks = tl.arange(0, NUM_CHUNKS)
-    sums = tl.load(chunk_sums + row * num_chunks + chunks, mask=chunks < num_chunks, other=0)
-    total = tl.sum(sums)
-    left = random_below(total, seed, step)
-    chunk = tl.minimum(tl.sum((tl.cumsum(sums, 0) <= left).to(tl.int32)), num_chunks - 1)
-    left -= tl.sum(tl.where(chunks < chunk, sums, 0))
+    logits += row * row_stride
+    rate = rate_of(temperature)
+    cut = tl.full((), 0, tl.uint32)
+    last = tl.full((), EVERY_TOKEN, tl.int32)
+    groups = tl.arange(0, NUM_GROUPS)
+    own = group_sums + row * num_groups
+    sums = tl.load(own + groups, mask=groups < num_groups, other=0)  # [NUM_GROUPS]
+    if CUT:
+        cut, last = load_bracket(brackets, row)
+        last = last.to(tl.int32)
+    if TOP_P:
+        listed_key, listed_weight, listed_token = load_list(listed, counts, row, row_max, rate, LIST, GROUP)
+        kept = tl.zeros_like(listed_weight)  # [LIST], beside the sums
+        if good & (greedy | (p < 1.0)):
+            layer = batch * num_groups
+            everything = tl.sum(tl.load(own + layer + groups, mask=groups < num_groups, other=0))
+            layer = 2 * layer if MIN_P else 0
+            above = tl.sum(tl.load(own + layer + groups, mask=groups < num_groups, other=0))
+            target = tl.maximum(share(everything, tl.where(greedy, 0.0, p)), 1)
+            low, high = load_bracket(brackets, row)
+            high = tl.minimum(high, max_key)
+            within = tl.sum(listed_weight)
+            if (tl.load(counts + row) <= LIST) & (above < target) & (above + within >= target):
+                cut, last = search_list(listed_key, listed_weight, listed_token, target - above, low, high, within)
+                kept = tl.where((listed_key > cut) | ((listed_key == cut) & (listed_token <= last)), listed_weight, 0)
+                kept = tl.where(kept >= least_weight, kept, 0)
+            else:
+                cut, last = cut_in_row(
+                    logits, own, vocab_size, num_groups, max_key, row_max, rate, target, high, everything, above,
+                    least_weight, GROUP,
+                )  # fmt: skip
+                sums = tl.load(own + groups, mask=groups < num_groups, other=0)
+    else:
+        kept = tl.full((1,), 0, tl.int64)
+        listed_token = tl.full((1,), 0, tl.int32)
 
-    tokens, x, key = load_block(logits + row * row_stride, chunk * CHUNK, vocab_size, CHUNK)
-    weight = kept_weight(tokens, x, key, row_max, rate_of(temperature), cut, last)
+    # The last group before which there is no more weight than what was drawn.
+    total = tl.sum(sums) + tl.sum(kept)
+    left = random_below(total, seed, step)
+    group, before = tl.full((), 0, tl.int32), tl.full((), 0, tl.int64)
+    stride = tl.full((), NUM_GROUPS // 2, tl.int32)
+    while stride > 0:
+        trial = group + stride
+        weight_before = tl.sum(tl.where(groups < trial, sums, 0)) + tl.sum(
+            tl.where(listed_token < trial * GROUP, kept, 0)
+        )
+        group = tl.where(weight_before <= left, trial, group)
+        before = tl.where(weight_before <= left, weight_before, before)
+        stride = stride // 2
+    group = tl.minimum(group, num_groups - 1)
+    left -= before
+
+    tokens, x, key = load_block(logits, group * GROUP, vocab_size, GROUP)
+    weight = kept_weight(tokens, x, key, row_max, rate, cut, last)
     running = tl.cumsum(tl.where(weight >= least_weight, weight, 0), 0)
-    place = tl.sum((running <= left).to(tl.int32))
-    token = chunk * CHUNK + place
+    token = group * GROUP + tl.sum((running <= left).to(tl.int32))
     raw = 0.0
     processed = 0.0
     if LOGPROBS:
@@ -318,6 +345,7 @@ def sample(
         per_row=per_row,
         may_drop_by_rank=top_k != 0 or top_ks is not None or greedy or temperatures is not None,
         may_drop_by_mass=top_p < 1.0 or top_ps is not None,
+        may_drop_light=min_p > 0.0 or min_ps is not None,
         most_kept=1 if greedy else -1 if top_k == 0 and top_ks is None else top_k,
         logprobs=return_logprobs,
         key=(*tensor_key(logits), return_logprobs, per_row, top_k, seed >= 2**31, step >= 2**31, *strides, *aligned),
@@ -328,7 +356,7 @@ def sample(
         elif 0 < job.most_kept <= MAX_GROUPS_CHOSEN:
             _best_groups(job)
         else:
-            _chunk_by_chunk(job)
+            _group_by_group(job)
     return token_ids, logprobs
 
 
@@ -342,6 +370,7 @@ class _Job:
     per_row: int  # bit i: parameter i is a tensor
     may_drop_by_rank: bool
     may_drop_by_mass: bool
+    may_drop_light: bool
     most_kept: int  # no row keeps more tokens than this; 0: not known here; -1: no row but a greedy one has a limit
     logprobs: bool
     key: tuple  # for `launch`
@@ -377,7 +406,7 @@ def _whole_row(job: _Job) -> None:
 def _best_groups(job: _Job) -> None:
     batch, vocab_size = job.logits.shape
     group, chosen = choose_group(vocab_size, job.most_kept)
-    group_keys, partials, num_groups, num_chunks = launch_group_maxima(job.logits, group, job.logprobs, job.key)
+    group_keys, partials, _, num_groups, num_chunks = launch_group_maxima(job.logits, group, job.logprobs, job.key)
     chosen_groups = job.logits.new_empty((batch, chosen), dtype=torch.int32)
     scratch = (group_keys, partials, chosen_groups, num_groups, num_chunks)
     constants = {
@@ -395,58 +424,34 @@ def _best_groups(job: _Job) -> None:
     launch(_sample_tile, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, warps, job.key)
 
 
-def _chunk_by_chunk(job: _Job) -> None:
+def _group_by_group(job: _Job) -> None:
     logits = job.logits
     batch, vocab_size = logits.shape
-    num_chunks = blocks(vocab_size, CHUNK)
-    chunk_sums = logits.new_empty((batch, num_chunks), dtype=torch.int64)
-    cuts, lasts = logits.new_empty((batch,), dtype=torch.int32), logits.new_empty((batch,), dtype=torch.int32)
-    has_cut = job.may_drop_by_rank or job.may_drop_by_mass
-    width = {"NUM_CHUNKS": power_of_2(num_chunks)}
-    if has_cut and job.most_kept < 0:
-        group_keys, partials = _cut_at_top_p(job, cuts, lasts, chunk_sums, num_chunks)
-    else:
-        group_keys, partials, _, _ = launch_group_maxima(logits, CHUNK, job.logprobs, job.key)
-        scratch: tuple = (group_keys, cuts, lasts, num_chunks)
-        if has_cut:
-            constants = {**job.constants(), **width, "BLOCK": CHUNK}
-            launch(_find_cut, batch, (*job.row_arguments(), *scratch), constants, CHUNK_WARPS, job.key)
-        scratch = (group_keys, cuts, lasts, chunk_sums, num_chunks)
-        constants = {**job.constants(), "CUT": has_cut, **width, "CHUNK": CHUNK}
-        launch(_chunk_weights, batch * num_chunks, (*job.row_arguments(), *scratch), constants, CHUNK_WARPS, job.key)
-    scratch = (group_keys, partials, cuts, lasts, chunk_sums, num_chunks)
-    constants = {**job.constants(), "CUT": has_cut, "LOGPROBS": job.logprobs, **width, "CHUNK": CHUNK}
-    arguments = (*job.row_arguments(with_outputs=True), *scratch)
-    launch(_draw_from_chunks, batch, arguments, constants, CHUNK_WARPS, job.key)
-
-
-def _cut_at_top_p(job: _Job, cuts: Tensor, lasts: Tensor, chunk_sums: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
-    """Fill cuts, lasts and chunk_sums; returns the largest keys of the chunks, and their partial sums."""
-    logits = job.logits
-    batch, vocab_size = logits.shape
+    cut_by_rank = job.most_kept >= 0
+    cut_by_mass = (job.may_drop_by_rank or job.may_drop_by_mass) and not cut_by_rank
+    num_groups = blocks(vocab_size, GROUP)
+    list_length = min(power_of_2(LIST_FACTOR * math.isqrt(vocab_size)), MAX_LIST)
+    sample = min(power_of_2(vocab_size) // SAMPLE_PART, MAX_SAMPLE)
     temperature, _, top_p, min_p, _, _, temperature_stride, _, top_p_stride, min_p_stride, _, _ = job.parameters
-    group_keys = logits.new_empty((batch, num_chunks), dtype=torch.int32)
-    partials = logits.new_empty((batch, num_chunks, 2) if job.logprobs else (0,), dtype=torch.float32)
-    curves = logits.new_empty((batch, num_chunks, LEVELS.value), dtype=torch.float32)
-    spacings = logits.new_empty((batch, num_chunks), dtype=torch.float32)
+    mass_at = (temperature, temperature_stride, job.per_row) if cut_by_mass else None
+    group_keys, partials, masses, _, num_chunks = launch_group_maxima(logits, CHUNK, job.logprobs, job.key, mass_at)
     brackets = logits.new_empty((batch, 2), dtype=torch.int32)
     counts = logits.new_empty((batch,), dtype=torch.int32)
-    listed = logits.new_empty((batch, LIST_LENGTH.value), dtype=torch.int32)
-    sums = logits.new_empty((2, batch, num_chunks), dtype=torch.int64)
-    row = (batch, vocab_size, logits.stride(0), num_chunks)
-    width = {"NUM_CHUNKS": power_of_2(num_chunks)}
-
-    arguments: tuple = (logits, group_keys, partials, curves, spacings, *row[1:], temperature, temperature_stride)
-    constants = {**job.constants(), "SUM_EXP": job.logprobs, "CHUNK": CHUNK}
-    launch(chunk_curves, batch * num_chunks, arguments, constants, CHUNK_WARPS, job.key)
-    arguments = (group_keys, curves, spacings, brackets, counts, vocab_size, num_chunks)
-    arguments += (temperature, top_p, temperature_stride, top_p_stride)
-    launch(find_bracket, batch, arguments, {**job.constants(), **width}, CHUNK_WARPS, job.key)
-    arguments = (logits, group_keys, brackets, counts, listed, sums, chunk_sums, *row)
-    arguments += (temperature, min_p, temperature_stride, min_p_stride)
-    constants = {**job.constants(), **width, "CHUNK": CHUNK}
-    launch(weigh_chunks, batch * num_chunks, arguments, constants, WEIGH_WARPS, job.key)
-    arguments = (logits, group_keys, counts, listed, sums, chunk_sums, cuts, lasts, *row)
-    arguments += (temperature, top_p, min_p, temperature_stride, top_p_stride, min_p_stride)
-    launch(cut_within_bracket, batch, arguments, constants, LIST_WARPS, job.key)
-    return group_keys, partials
+    listed = logits.new_empty((batch, list_length + GROUP) if cut_by_mass else (0,), dtype=torch.int64)
+    group_sums = logits.new_empty((3 if cut_by_mass else 1, batch, num_groups), dtype=torch.int64)
+    common = {"PER_ROW": job.per_row, "NUM_CHUNKS": power_of_2(num_chunks)}
+    filters = {"CUT": cut_by_rank, "TOP_P": cut_by_mass, "MIN_P": job.may_drop_light, "LIST": list_length}
+    if cut_by_rank:
+        arguments: tuple = (*job.row_arguments(), group_keys, brackets, num_chunks)
+        launch(_find_cut, batch, arguments, {**common, "BLOCK": CHUNK}, CHUNK_WARPS, job.key)
+    if cut_by_mass:
+        arguments = (logits, group_keys, masses, brackets, counts, vocab_size, logits.stride(0), num_chunks)
+        arguments += (temperature, top_p, temperature_stride, top_p_stride)
+        launch(find_bracket, batch, arguments, {**common, "SAMPLE": sample}, max(1, sample // 1024), job.key)
+    arguments = (logits, group_keys, brackets, counts, listed, group_sums, batch, vocab_size, logits.stride(0))
+    arguments += (num_chunks, num_groups, temperature, min_p, temperature_stride, min_p_stride)
+    constants = {**common, **filters, "GROUPS": WEIGH_WARPS, "GROUP": GROUP}
+    launch(weigh_groups, batch * blocks(num_groups, WEIGH_WARPS), arguments, constants, WEIGH_WARPS, job.key)
+    scratch = (group_keys, partials, brackets, counts, listed, group_sums, num_chunks, num_groups)
+    constants = {**common, **filters, "LOGPROBS": job.logprobs, "NUM_GROUPS": power_of_2(num_groups), "GROUP": GROUP}
+    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, DRAW_WARPS, job.key)

@@ -1,9 +1,9 @@
 """What the GPU kernels of top_k and sample share: keys, weights, exact selection without a sort.
 
-Selection. The k-th largest of a set of 32-bit keys is found bit by bit, from the highest: a bit belongs to it if at
-least k keys are no smaller than what has been found so far with that bit set. Each bit costs one comparison per key
-and one sum over the tile, whatever k is and whatever the data are; with weights in place of ones, the same search
-finds the cut of top-p. Ties at the cut are kept from the left, by a running count.
+Selection. The k-th largest of a set of 32-bit keys lies between the smallest and the largest of them, and that range is
+halved until exactly k keys lie above, or one value is left: at most 32 times, a dozen for ordinary data. Each time
+costs one comparison per key and one sum over the tile, whatever k is. Ties at the cut are kept from the left, by a
+running count. With weights in place of ones, `key_reaching` finds the cut of top-p.
 
 Why the CPU does it otherwise. cpu.cpp lets a threshold rise while a row streams by, which is a chain of dependent
 steps. A GPU has to have the whole row in flight: here every key is compared with every trial, all at once.
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from kernels.top_k import reference
 
-C5, C4, C3, C2, C1 = (tl.constexpr(c) for c in reference.EXP2_COEFFICIENTS)
+C5, C4, C3, C2, C1 = (tl.constexpr(c * 2.0**24) for c in reference.EXP2_COEFFICIENTS)  # scaled: the same mantissas
 LOG2_E = tl.constexpr(reference.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 MIN_TEMPERATURE = tl.constexpr(reference.MIN_TEMPERATURE)
 ROUND = tl.constexpr(1.5 * 2.0**23)
+ROUND_BITS = tl.constexpr(0x4B400000)  # ROUND as an integer: ROUND + n, for small n, is this + n
 WEIGHT_SHIFT = tl.constexpr(reference.WEIGHT_BITS - 24)
 WEIGHT_ONE = tl.constexpr(2.0**reference.WEIGHT_BITS)
 FINITE_KEYS_FROM = tl.constexpr(0x00800000)  # the key of the lowest finite number is the first above -inf's
@@ -59,14 +60,19 @@ def value_of_key(key):
 
 
 @triton.jit
-def kth_largest(key, k, BITS: tl.constexpr):
-    """The k-th largest of a tile of keys (the largest v with at least k keys >= v), 0 if there are fewer than k."""
-    found = tl.full((), 0, tl.uint32)
-    for bit in range(BITS):
-        trial = found | (tl.full((), 1 << (BITS - 1), tl.uint32) >> bit)
-        enough = tl.sum((key >= trial).to(tl.int32)) >= k
-        found = tl.where(enough, trial, found)
-    return found
+def kth_largest(key, k):
+    """The k-th largest of a tile of keys, or one between it and the next; the smallest if there are fewer than k.
+
+    Keys that are 0 do not count. Halves the range in which it can lie, until no other is left, or exactly k lie above.
+    """
+    low = tl.min(tl.where(key == 0, 0xFFFFFFFF, key))
+    high = tl.max(key)
+    while low < high:
+        trial = low + ((high - low) >> 1) + 1
+        count = tl.sum((key >= trial).to(tl.int32))
+        low = tl.where(count >= k, trial, low)
+        high = tl.where(count > k, high, tl.where(count == k, trial, trial - 1))
+    return low
 
 
 @triton.jit
@@ -81,12 +87,15 @@ def key_reaching(key, weight, target, BITS: tl.constexpr):
 
 
 @triton.jit
-def keep_best(key, k, BITS: tl.constexpr):
+def keep_best(key, k):
     """Which of a tile's keys, in index order, are the best k: all above the k-th largest, and ties from the left."""
-    cut = kth_largest(key, k, BITS)
-    room = k - tl.sum((key > cut).to(tl.int32))
-    tie = key == cut
-    return (key > cut) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
+    cut = kth_largest(key, k)
+    kept = key >= cut
+    if tl.sum(kept.to(tl.int32)) > k:
+        tie = key == cut
+        room = k - tl.sum((key > cut).to(tl.int32))
+        kept = (key > cut) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
+    return kept
 
 
 @triton.jit
@@ -98,11 +107,20 @@ def gather_best_groups(group_keys, chosen, num_groups, k, BITS: tl.constexpr, NU
     """
     groups = tl.arange(0, NUM_GROUPS)
     key = tl.load(group_keys + groups, mask=groups < num_groups, other=0).to(tl.uint32, bitcast=True)  # [NUM_GROUPS]
-    kept = keep_best(key >> (32 - BITS), k, BITS)
+    kept = keep_best(key >> (32 - BITS), k)
     slot = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(chosen + slot, groups, mask=kept)
     tl.debug_barrier()  # other threads read what was written here
     return tl.max(key)
+
+
+@triton.jit
+def parameter(value, row, stride, PER_ROW: tl.constexpr, dtype: tl.constexpr):
+    """A parameter of the op: the number itself, or the row's entry of a tensor."""
+    if PER_ROW:
+        return tl.load(value + row * stride)
+    else:
+        return tl.full((), value, dtype)
 
 
 @triton.jit
@@ -114,15 +132,15 @@ def rate_of(temperature):
 def integer_weight(z, rate):
     """reference.integer_weights, for z (fp32, at most 0)."""
     y = tl.maximum(z * rate, -63.0)
-    whole = (y + ROUND) - ROUND
-    fraction = y - whole
+    rounded = y + ROUND
+    fraction = y - (rounded - ROUND)
     power = fraction * C5 + C4
     power = power * fraction + C3
     power = power * fraction + C2
     power = power * fraction + C1
-    power = power * fraction + 1.0
-    mantissa = (power * 16777216.0).to(tl.int32).to(tl.int64)
-    return (mantissa << WEIGHT_SHIFT) >> (-whole).to(tl.int32).to(tl.int64)
+    power = power * fraction + 16777216.0
+    shift = ROUND_BITS - rounded.to(tl.int32, bitcast=True)
+    return (power.to(tl.int32).to(tl.int64) << WEIGHT_SHIFT) >> shift.to(tl.int64)
 
 
 @triton.jit
@@ -159,12 +177,14 @@ def random_below(total, seed, step):
 
 @triton.jit
 def group_maxima(
-    x, group_keys, partials, n, row_stride, num_groups, num_chunks,
-    SUM_EXP: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    x, group_keys, partials, masses, n, row_stride, num_groups, num_chunks, temperature, temperature_stride,
+    SUM_EXP: tl.constexpr, MASS: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program, CHUNK elements of a row: the largest key of each GROUP neighbours, and what logsumexp needs.
+    """One program, CHUNK elements of a row: the largest key of each GROUP neighbours, and sums over the chunk.
 
-    group_keys (batch, num_groups) int32; partials (batch, num_chunks, 2) fp32: the maximum, and the sum of exp(x - it).
+    group_keys (batch, num_groups) int32
+    partials (batch, num_chunks, 2) fp32, with SUM_EXP: the chunk's maximum, and the sum of exp(x - it)
+    masses (batch, num_chunks) fp32, with MASS: the sum of exp((x - the chunk's maximum) / temperature)
     """
     row = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
@@ -174,13 +194,16 @@ def group_maxima(
     key = tl.max(ordered_key(v), axis=1)
     groups += chunk * (CHUNK // GROUP)
     tl.store(group_keys + row * num_groups + groups, key.to(tl.int32, bitcast=True), mask=groups < num_groups)
-    if SUM_EXP:
-        largest = tl.max(tl.max(v, axis=1), axis=0)
+    if SUM_EXP or MASS:
+        largest = value_of_key(tl.max(key))
         largest = tl.where(largest == float("-inf"), 0.0, largest)  # -inf - -inf is not a number
-        total = tl.sum(tl.sum(tl.exp2((v - largest) * LOG2_E), axis=1), axis=0)
-        partial = partials + (row * num_chunks + chunk) * 2
-        tl.store(partial, largest)
-        tl.store(partial + 1, total)
+        place = row * num_chunks + chunk
+        if SUM_EXP:
+            tl.store(partials + place * 2, largest)
+            tl.store(partials + place * 2 + 1, tl.sum(tl.exp2((v - largest) * LOG2_E)))
+        if MASS:
+            rate = rate_of(parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32))
+            tl.store(masses + place, tl.sum(tl.exp2((v - largest) * rate)))
 
 
 @triton.jit
@@ -242,13 +265,27 @@ def choose_group(n: int, k: int) -> tuple[int, int]:
     return min(sizes, key=lambda size: power_of_2(blocks(n, size)) + chosen * size), chosen
 
 
-def launch_group_maxima(x: Tensor, group: int, sum_exp: bool, key: tuple) -> tuple[Tensor, Tensor, int, int]:
-    """Run `group_maxima`: the keys (batch, num_groups), the partials, and how many groups and chunks a row has."""
+def launch_group_maxima(
+    x: Tensor, group: int, sum_exp: bool, key: tuple, mass_at: tuple | None = None
+) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Run `group_maxima`: keys (batch, num_groups), partials, masses, and how many groups and chunks a row has.
+
+    mass_at   temperature, its stride, and which parameters are tensors; None: no masses
+    """
     batch, n = x.shape
     num_groups, num_chunks = blocks(n, group), blocks(n, CHUNK)
+    temperature, temperature_stride, per_row = mass_at or (1.0, 0, 0)
     group_keys = x.new_empty((batch, num_groups), dtype=torch.int32)
     partials = x.new_empty((batch, num_chunks, 2) if sum_exp else (0,), dtype=torch.float32)
-    arguments = (x, group_keys, partials, n, x.stride(0), num_groups, num_chunks)
-    constants = {"SUM_EXP": sum_exp, "GROUP": group, "CHUNK": CHUNK}
+    masses = x.new_empty((batch, num_chunks) if mass_at else (0,), dtype=torch.float32)
+    arguments: tuple = (x, group_keys, partials, masses, n, x.stride(0), num_groups, num_chunks)
+    arguments += (temperature, temperature_stride)
+    constants = {
+        "SUM_EXP": sum_exp,
+        "MASS": mass_at is not None,
+        "PER_ROW": per_row & 1,
+        "GROUP": group,
+        "CHUNK": CHUNK,
+    }
     launch(group_maxima, batch * num_chunks, arguments, constants, CHUNK_WARPS, key)
-    return group_keys, partials, num_groups, num_chunks
+    return group_keys, partials, masses, num_groups, num_chunks

@@ -46,15 +46,38 @@ def _candidate(key, index):
 
 
 @triton.jit
-def _top_k_short(x, values, indices, batch, n, row_stride, k, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program, ROWS rows of up to BLOCK elements, sorted whole."""
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def _top_k_short(
+    x, values, indices, batch, n, row_stride, k, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program, ROWS rows of up to BLOCK elements, sorted whole.
+
+    What is sorted first is half a candidate: the upper bits of a key above the complement of its index, in 32 bits.
+    Should two different keys of some row agree in their upper bits and so have come out in the wrong order, which one
+    program in a hundred sees at 32 elements, whole candidates are sorted instead.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     index = tl.arange(0, BLOCK)[None, :]
     inside = (rows < batch) & (index < n)
-    v = tl.load(x + rows * row_stride + index, mask=inside, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-    key = tl.where(inside, ordered_key(v), 0)
-    candidates = tl.sort(_candidate(key, index), descending=True)
-    _store_sorted(values, indices, rows * k + index, candidates, (rows < batch) & (index < k))
+    x += rows * row_stride
+    key = tl.where(inside, ordered_key(tl.load(x + index, mask=inside, other=0.0).to(tl.float32)), 0)  # [ROWS, BLOCK]
+    half = tl.sort((key & (0xFFFFFFFF - (BLOCK - 1))) | (BLOCK - 1 - index).to(tl.uint32), descending=True)
+    order = (BLOCK - 1) - (half & (BLOCK - 1)).to(tl.int32)
+    wanted = (rows < batch) & (index < k)
+    value = tl.load(x + order, mask=wanted, other=float("-inf")) + 0.0
+    if BITS == 32:
+        key_found = ordered_key(value)
+        risen = wanted & (key_found > tl.associative_scan(key_found, 1, _smaller))
+        if tl.max(tl.max(risen.to(tl.int32), axis=1), axis=0) > 0:
+            candidates = tl.sort(_candidate(key, index), descending=True)
+            order = (0x7FFFFFFF - (candidates & 0x7FFFFFFF)).to(tl.int32)
+            value = value_of_key(((candidates >> 32) + 0x80000000).to(tl.uint32))
+    tl.store(values + rows * k + index, value.to(values.dtype.element_ty), mask=wanted)
+    tl.store(indices + rows * k + index, order.to(tl.int64), mask=wanted)
 
 
 @triton.jit
@@ -79,7 +102,7 @@ def _top_k_tile(
         inside = inside & (index < n)
     key = ordered_key(tl.load(x + row * row_stride + index, mask=inside, other=0.0).to(tl.float32))
     key = tl.where(inside, key, 0)  # [TILE]
-    kept = keep_best(key >> (32 - BITS), k, BITS)
+    kept = keep_best(key >> (32 - BITS), k)
     slot = tl.cumsum(kept.to(tl.int32), 0) - 1
     candidates += row * k
     tl.store(candidates + slot, _candidate(key, index), mask=kept)
@@ -101,7 +124,7 @@ def _top_k_long(x, candidates, n, row_stride, k, BLOCK: tl.constexpr):
     """One program, one row: its best k as candidates (batch, k), in index order."""
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
-    cut, last = rank_cut(x, n, k, BLOCK)
+    cut, last = rank_cut(x, n, k, tl.full((), 0xFFFFFFFF, tl.uint32), BLOCK)
     written = tl.full((), 0, tl.int32)
     for start in range(0, n, BLOCK):
         index, _, key = load_block(x, start, n, BLOCK)
@@ -123,7 +146,8 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
             block = max(16, power_of_2(n))
             rows = max(1, SORTED_PER_PROGRAM // block)
             arguments = (x, values, indices, batch, n, x.stride(0), k)
-            launch(_top_k_short, blocks(batch, rows), arguments, {"ROWS": rows, "BLOCK": block}, SORTED_WARPS, key)
+            constants = {"BITS": key_bits(x.dtype), "ROWS": rows, "BLOCK": block}
+            launch(_top_k_short, blocks(batch, rows), arguments, constants, SORTED_WARPS, key)
             return values, indices
         candidates = x.new_empty((batch, k), dtype=torch.int64)
         if k <= MAX_GROUPS_CHOSEN:
@@ -141,7 +165,7 @@ def _select_and_sort(x: Tensor, k: int, candidates: Tensor, values: Tensor, indi
         group_keys = chosen_groups = None
     else:
         group, chosen = choose_group(n, k)
-        group_keys, _, num_groups, _ = launch_group_maxima(x, group, False, key)
+        group_keys, _, _, num_groups, _ = launch_group_maxima(x, group, False, key)
         tile, chosen_groups = chosen * group, x.new_empty((batch, chosen), dtype=torch.int32)
     arguments = (x, values, indices, n, x.stride(0), k, group_keys, chosen_groups, candidates, num_groups)
     constants = {

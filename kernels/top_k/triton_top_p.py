@@ -1,15 +1,15 @@
-"""The cut of top-p over rows too long for one program's registers, in two reads of the logits and without a sort.
+"""Sampling from rows too long for one program's registers, where any number of tokens may be kept.
 
-    chunk_curves       first read: how much mass each chunk has above each of LEVELS depths below its own maximum
-    find_bracket       per row, from the curves: two values between which the cut lies, with few tokens between them
-    weigh_chunks       second read: integer weights above the bracket, and a list of the tokens within it
-    cut_within_bracket per row: that the cut does lie there, proven by integer sums; then the cut itself, from the list
+    group_maxima   first read (triton_select.py): the maximum of each chunk, and its mass
+    find_bracket   for top-p, one program per row: from a sample of the row, two values between which the cut lies
+    weigh_groups   second read: integer weights, added up by groups of tokens; for top-p all of them, those above the
+                   bracket, and a list of the tokens within it
+    _draw_long     one program per row (triton_sample.py): the cut, from the sums and the list; the group into which the
+                   random number falls, and the token in it
 
-The curves are floating-point sums and the bracket an estimate; nothing depends on either but time. What decides is
-integer arithmetic over all tokens, and where it does not confirm the bracket, or the list is too short for the tokens
-in it (ten thousand ties, say), the row is searched bit by bit.
-
-A depth is a distance from a maximum in octaves of the weight: 2^-depth is a token's weight over the likeliest one's.
+The sample decides on time alone. What decides on the cut is integer arithmetic over all tokens, and where it does not
+confirm the bracket, or the list is too short for the tokens in it (ten thousand ties, say), `search_row` reads the row
+as often as it takes.
 
 Knows Triton; knows nothing of how the op is launched.
 """
@@ -20,30 +20,19 @@ import triton.language as tl
 from kernels.top_k.triton_select import (
     FINITE_KEYS_FROM,
     INFINITY_KEY,
-    LOG2_E,
     integer_weight,
-    key_reaching,
     ordered_key,
+    parameter,
     rate_of,
-    share,
     value_of_key,
 )
 
-LEVELS = tl.constexpr(16)
-LEVELS_PER_MEAN = tl.constexpr(3.0)  # so many levels reach from a chunk's maximum down to the mean depth of its mass
-LIST_LENGTH = tl.constexpr(8192)
-LIST_WARPS = 16
-WEIGH_WARPS = 8  # with 4, a thread would need 216 registers
-MARGIN = tl.constexpr(2000.0)  # tokens that a bracket reaches beyond the estimated cut, to either side
-
-
-@triton.jit
-def parameter(value, row, stride, PER_ROW: tl.constexpr, dtype: tl.constexpr):
-    """A parameter of the op: the number itself, or the row's entry of a tensor."""
-    if PER_ROW:
-        return tl.load(value + row * stride)
-    else:
-        return tl.full((), value, dtype)
+RUN = tl.constexpr(8)  # neighbours among them: fp32 numbers in the smallest piece of memory that is read
+DEVIATIONS = tl.constexpr(4.5)  # so far off is one normal deviate in 300 000
+UNSEEN = tl.constexpr(10.0)  # so many are expected of what a sample holds none of, as rarely
+BINS = tl.constexpr(64)
+TOP = tl.constexpr(0xFFFFFFFF)
+EVERY_TOKEN = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
@@ -55,200 +44,13 @@ def load_block(logits, start, vocab_size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def chunk_curves(
-    logits, group_keys, partials, curves, spacings, vocab_size, row_stride, num_chunks,
-    temperature, temperature_stride,
-    PER_ROW: tl.constexpr, SUM_EXP: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One program, one chunk: curves (batch, num_chunks, LEVELS) fp32, the mass down to a number of spacings below the
-    chunk's maximum, last the whole mass; spacings (batch, num_chunks) in octaves; the rest as in `group_maxima`."""
-    row = (tl.program_id(0) // num_chunks).to(tl.int64)
-    chunk = tl.program_id(0) % num_chunks
-    rate = rate_of(parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32))
-    _, x, key = load_block(logits + row * row_stride, chunk * CHUNK, vocab_size, CHUNK)
-    place = row * num_chunks + chunk
-    tl.store(group_keys + place, tl.max(key).to(tl.int32, bitcast=True))
-    largest = tl.max(x)
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    z = tl.minimum(x - largest, 0.0)
-    if SUM_EXP:
-        tl.store(partials + place * 2, largest)
-        tl.store(partials + place * 2 + 1, tl.sum(tl.exp2(z * LOG2_E)))
-    depth = -z * rate
-    mass = tl.exp2(-depth)
-    total = tl.sum(mass)
-    mean_depth = tl.sum(tl.where(mass > 0.0, depth * mass, 0.0)) / tl.maximum(total, 1.0)
-    spacing = tl.minimum(tl.maximum(mean_depth / LEVELS_PER_MEAN, 1e-6), 4.0)
-    tl.store(spacings + place, spacing)
-    for level in tl.static_range(LEVELS - 1):
-        tl.store(curves + place * LEVELS + level, tl.sum(tl.where(depth <= level * spacing, mass, 0.0)))
-    tl.store(curves + place * LEVELS + (LEVELS - 1), total)
-
-
-@triton.jit
-def _at_level(curve, level):
-    """curve[c, level[c]] for each chunk c; 0 above the curve, the whole mass below it."""
-    levels = tl.arange(0, LEVELS)[None, :]
-    picked = tl.sum(tl.where(levels == tl.minimum(level, LEVELS - 1)[:, None], curve, 0.0), axis=1)
-    return tl.where(level < 0, 0.0, picked)
-
-
-@triton.jit
-def _mass_above(curve, spacing, offset, depth):
-    """About how much mass there is down to a depth below the row's maximum. curve [chunks, LEVELS]."""
-    local = (depth - offset) / spacing  # [chunks], below the chunk's own maximum
-    level = tl.floor(local)
-    part = local - level
-    level = tl.minimum(tl.maximum(level, -2.0), 64.0).to(tl.int32)
-    before, lower = _at_level(curve, level - 1), _at_level(curve, level)
-    upper, after = _at_level(curve, level + 1), _at_level(curve, level + 2)
-    # A cubic through the four (Catmull and Rom), between the two in the middle.
-    slope0, slope1 = 0.5 * (upper - before), 0.5 * (after - lower)
-    step = upper - lower
-    cubic = lower + part * (slope0 + part * (3 * step - 2 * slope0 - slope1 + part * (slope0 + slope1 - 2 * step)))
-    return tl.sum(tl.minimum(tl.maximum(cubic, lower), upper))
-
-
-@triton.jit
-def _depth_of(curve, spacing, offset, mass):
-    """The depth, from 0 to 64, down to which there is so much mass."""
-    depth = tl.full((), 0.0, tl.float32)
-    step = tl.full((), 32.0, tl.float32)
-    for _ in range(20):
-        depth = tl.where(_mass_above(curve, spacing, offset, depth + step) < mass, depth + step, depth)
-        step = 0.5 * step
-    return depth
-
-
-@triton.jit
-def find_bracket(
-    group_keys, curves, spacings, brackets, counts, vocab_size, num_chunks,
-    temperature, top_p, temperature_stride, top_p_stride,
-    PER_ROW: tl.constexpr, NUM_CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """One program, one row: brackets (batch, 2), the highest and the lowest key within; sets the list's length to 0."""
-    row = tl.program_id(0).to(tl.int64)
-    temperature = parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32)
-    p = parameter(top_p, row, top_p_stride, PER_ROW & 4, tl.float32)
-    p = tl.where(temperature == 0.0, 0.0, p)  # greedy
-    rate = rate_of(temperature)
-    chunks = tl.arange(0, NUM_CHUNKS)
-    inside = chunks < num_chunks
-    keys = tl.load(group_keys + row * num_chunks + chunks, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    maxima = tl.where(keys >= FINITE_KEYS_FROM, value_of_key(keys), float("-inf"))
-    row_max = tl.max(maxima)
-    offset = tl.minimum((row_max - maxima) * rate, 1e6)  # [NUM_CHUNKS]
-    at = ((row * num_chunks + chunks) * LEVELS)[:, None] + tl.arange(0, LEVELS)[None, :]
-    curve = tl.load(curves + at, mask=inside[:, None], other=0.0) * tl.exp2(-offset)[:, None]  # [NUM_CHUNKS, LEVELS]
-    spacing = tl.load(spacings + row * num_chunks + chunks, mask=inside, other=1.0)
-    total = tl.sum(tl.max(curve, axis=1))
-    target = p * total
-
-    depth = _depth_of(curve, spacing, offset, target)
-    margin = MARGIN * tl.exp2(-depth)  # in mass: a token at the cut weighs 2^-depth
-    top = _depth_of(curve, spacing, offset, target - margin)
-    end = _depth_of(curve, spacing, offset, target + tl.minimum(margin, 0.5 * (total - target))) + 1e-4
-    end = tl.minimum(end, depth + 3.0)  # lighter tokens may be far more than the margin's
-
-    highest = tl.where(top > 0.0, ordered_key(row_max - top / rate), 0xFFFFFFFF)
-    lowest = tl.where(end < 60.0, ordered_key(row_max - end / rate), 0)
-    tl.store(brackets + row * 2, highest.to(tl.int32, bitcast=True))
-    tl.store(brackets + row * 2 + 1, lowest.to(tl.int32, bitcast=True))
-    tl.store(counts + row, 0)
-
-
-@triton.jit
 def row_maximum(group_keys, row, num_chunks, NUM_CHUNKS: tl.constexpr):
-    """Whether a row's largest logit is finite, and the logit (0 if not), from the largest keys of its chunks."""
+    """Whether a row's largest logit is finite, its key, and the logit itself (0 if not), from its chunks' maxima."""
     chunks = tl.arange(0, NUM_CHUNKS)
     keys = tl.load(group_keys + row * num_chunks + chunks, mask=chunks < num_chunks, other=0)
     max_key = tl.max(keys.to(tl.uint32, bitcast=True))
     good = (max_key >= FINITE_KEYS_FROM) & (max_key < INFINITY_KEY)
-    return good, tl.where(good, value_of_key(max_key), 0.0)
-
-
-@triton.jit
-def weigh_chunks(
-    logits, group_keys, brackets, counts, listed, sums, chunk_sums, batch, vocab_size, row_stride, num_chunks,
-    temperature, min_p, temperature_stride, min_p_stride,
-    PER_ROW: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One program, one chunk: sums (2, batch, num_chunks) of all weights and of those above the bracket; the same as
-    the latter without what min-p drops in chunk_sums (batch, num_chunks); tokens within the bracket in
-    listed (batch, LIST_LENGTH), their number in counts (batch,)."""
-    row = (tl.program_id(0) // num_chunks).to(tl.int64)
-    chunk = tl.program_id(0) % num_chunks
-    rate = rate_of(parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32))
-    least_weight = (parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32) * 1099511627776.0).to(tl.int64)
-    highest = tl.load(brackets + row * 2).to(tl.uint32, bitcast=True)
-    lowest = tl.load(brackets + row * 2 + 1).to(tl.uint32, bitcast=True)
-    _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
-    tokens, x, key = load_block(logits + row * row_stride, chunk * CHUNK, vocab_size, CHUNK)
-    weight = integer_weight(tl.minimum(x - row_max, 0.0), rate)
-    above = tl.where(key > highest, weight, 0)
-    place = row * num_chunks + chunk
-    tl.store(sums + place, tl.sum(weight))
-    tl.store(sums + batch * num_chunks + place, tl.sum(above))
-    tl.store(chunk_sums + place, tl.sum(tl.where(weight >= least_weight, above, 0)))
-    within = (key >= lowest) & (key <= highest) & (key > 0)
-    number = tl.sum(within.to(tl.int32))
-    if number > 0:
-        slot = tl.atomic_add(counts + row, number) + tl.cumsum(within.to(tl.int32), 0) - 1
-        tl.store(listed + row * LIST_LENGTH + slot, tokens, mask=within & (slot < LIST_LENGTH))
-
-
-@triton.jit
-def cut_within_bracket(
-    logits, group_keys, counts, listed, sums, chunk_sums, cuts, lasts, batch, vocab_size, row_stride, num_chunks,
-    temperature, top_p, min_p, temperature_stride, top_p_stride, min_p_stride,
-    PER_ROW: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One program, one row: the cut of top-p (cuts, lasts as in `find_cut`), and chunk_sums made complete."""
-    row = tl.program_id(0).to(tl.int64)
-    temperature = parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32)
-    p = parameter(top_p, row, top_p_stride, PER_ROW & 4, tl.float32)
-    p = tl.where(temperature == 0.0, 0.0, tl.minimum(tl.maximum(p, 0.0), 1.0))
-    least_weight = (parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32) * 1099511627776.0).to(tl.int64)
-    rate = rate_of(temperature)
-    good, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
-    logits += row * row_stride
-    chunks = tl.arange(0, NUM_CHUNKS)
-    at = row * num_chunks + chunks
-    total = tl.sum(tl.load(sums + at, mask=chunks < num_chunks, other=0))
-    above = tl.sum(tl.load(sums + batch * num_chunks + at, mask=chunks < num_chunks, other=0))
-    target = tl.maximum(share(total, p), 1)
-
-    count = tl.load(counts + row)
-    slots = tl.arange(0, LIST_LENGTH)
-    inside = slots < count
-    tokens = tl.load(listed + row * LIST_LENGTH + slots, mask=inside, other=0)
-    x = tl.load(logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)  # [LIST_LENGTH]
-    key = tl.where(inside, ordered_key(x), 0)
-    weight = tl.where(inside, integer_weight(tl.minimum(x - row_max, 0.0), rate), 0)
-    confirmed = (count <= LIST_LENGTH) & (above < target) & (above + tl.sum(weight) >= target)
-    cut = tl.full((), 0, tl.uint32)
-    last = tl.full((), 0x7FFFFFFF, tl.int32)
-    if confirmed:
-        cut = key_reaching(key, weight, target - above, 32)
-        missing = target - above - tl.sum(tl.where(key > cut, weight, 0))
-        each = tl.maximum(integer_weight(value_of_key(cut) - row_max, rate), 1)
-        wanted = ((missing + each - 1) // each).to(tl.int32)
-        last = tl.full((), 0, tl.int32)  # the smallest token up to which there are as many ties as wanted
-        for bit in range(20):
-            trial = last + (tl.full((), 1 << 19, tl.int32) >> bit)
-            last = tl.where(tl.sum(((key == cut) & (tokens < trial)).to(tl.int32)) < wanted, trial, last)
-        kept = (key > cut) | ((key == cut) & (tokens <= last))
-        kept &= (weight >= least_weight) & (weight > 0)
-        tl.atomic_add(chunk_sums + row * num_chunks + tokens // CHUNK, weight, mask=kept)
-    elif good:
-        cut, last = mass_cut(logits, vocab_size, row_max, rate, 0, 0x7FFFFFFF, target, CHUNK)
-        chunk_sums += row * num_chunks
-        _sum_chunks(logits, chunk_sums, vocab_size, num_chunks, row_max, rate, cut, last, least_weight, CHUNK)
-    tl.store(cuts + row, cut.to(tl.int32, bitcast=True))
-    tl.store(lasts + row, last)
-
-
-# ---- bit by bit, reading the row each time: what always works ----
+    return good, max_key, tl.where(good, value_of_key(max_key), 0.0)
 
 
 @triton.jit
@@ -258,29 +60,56 @@ def kept_weight(tokens, x, key, row_max, rate, cut, last):
     return tl.where(kept, integer_weight(tl.minimum(x - row_max, 0.0), rate), 0)
 
 
-@triton.jit
-def weight_from(logits, vocab_size, row_max, rate, cut, last, least_key, BLOCK: tl.constexpr):
-    """The weights of the tokens that (cut, last) keeps and whose keys are >= least_key, added up."""
-    total = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, vocab_size, BLOCK):
-        tokens, x, key = load_block(logits, start, vocab_size, BLOCK)
-        total += tl.where(key >= least_key, kept_weight(tokens, x, key, row_max, rate, cut, last), 0)
-    return tl.sum(total)
+# ---- the cut, from the row itself: what always works ----
 
 
 @triton.jit
-def _sum_chunks(
-    logits, chunk_sums, vocab_size, num_chunks, row_max, rate, cut, last, least_weight, CHUNK: tl.constexpr
+def _next_trial(low, high, reached, above, target, step):
+    """A key in (low, high] to try next: in turn halfway, and where it should be if keys had equal shares."""
+    part = (reached - target).to(tl.float32) / tl.maximum(reached - above, 1).to(tl.float32)
+    part = tl.where(step % 2 == 0, tl.minimum(tl.maximum(part, 0.0), 1.0), 0.5)
+    width = high - low
+    return low + tl.minimum((width.to(tl.float32) * part).to(tl.uint32), width - 1) + 1
+
+
+@triton.jit
+def search_row(
+    logits, vocab_size, row_max, rate, cut, last, target, low, high, reached, above,
+    WEIGH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The weights of each chunk's kept tokens, added up."""
-    for chunk in range(num_chunks):
-        tokens, x, key = load_block(logits, chunk * CHUNK, vocab_size, CHUNK)
-        weight = kept_weight(tokens, x, key, row_max, rate, cut, last)
-        tl.store(chunk_sums + chunk, tl.sum(tl.where(weight >= least_weight, weight, 0)))
+    """(cut, last) such that, of the tokens which a given (cut, last) keeps, the fewest best are kept whose weights, or
+    whose number, reach the target.
+
+    The cut lies from key `low`, above which and at which there is `reached`, to key `high`, above which is `above`.
+    Each read of the row moves one of the two to a key that occurs in it, so that few values need few reads.
+    """
+    step = tl.full((), 0, tl.int32)
+    while low < high:
+        trial = _next_trial(low, high, reached, above, target, step)
+        sums = tl.zeros((BLOCK,), tl.int64)
+        upper = tl.full((BLOCK,), TOP, tl.uint32)
+        lower = tl.full((BLOCK,), 0, tl.uint32)
+        for start in range(0, vocab_size, BLOCK):
+            tokens, x, key = load_block(logits, start, vocab_size, BLOCK)
+            kept = (key > cut) | ((key == cut) & (tokens <= last))
+            kept &= key > 0
+            share_of = integer_weight(tl.minimum(x - row_max, 0.0), rate) if WEIGH else 1
+            sums += tl.where(kept & (key >= trial), share_of, 0)
+            upper = tl.minimum(upper, tl.where(kept & (key >= trial), key, TOP))
+            lower = tl.maximum(lower, tl.where(kept & (key < trial), key, 0))
+        found = tl.sum(sums)
+        if found >= target:
+            low, reached = tl.min(upper), found
+        else:
+            high, above = tl.max(lower), found
+        step += 1
+    each = tl.maximum(integer_weight(tl.minimum(value_of_key(low) - row_max, 0.0), rate), 1) if WEIGH else 1
+    wanted = (target - above + each - 1) // each
+    return low, _nth_tie(logits, vocab_size, low, wanted, BLOCK)
 
 
 @triton.jit
-def nth_tie(logits, vocab_size, cut, n, BLOCK: tl.constexpr):
+def _nth_tie(logits, vocab_size, cut, n, BLOCK: tl.constexpr):
     """The token at which the n-th key equal to the cut stands."""
     seen = tl.full((), 0, tl.int32)
     token = tl.full((), 0, tl.int32)
@@ -294,36 +123,250 @@ def nth_tie(logits, vocab_size, cut, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def mass_cut(logits, vocab_size, row_max, rate, cut, last, target, BLOCK: tl.constexpr):
-    """(cut, last) such that, of the tokens a given (cut, last) keeps, the fewest are kept that weigh the target."""
-    found = tl.full((), 0, tl.uint32)
-    for bit in range(32):
-        trial = found | (tl.full((), 0x80000000, tl.uint32) >> bit)
-        reached = weight_from(logits, vocab_size, row_max, rate, cut, last, trial, BLOCK)
-        found = tl.where(reached >= target, trial, found)
-    missing = target - weight_from(logits, vocab_size, row_max, rate, cut, last, found + 1, BLOCK)
-    each = tl.maximum(integer_weight(value_of_key(found) - row_max, rate), 1)
-    return found, nth_tie(logits, vocab_size, found, ((missing + each - 1) // each).to(tl.int32), BLOCK)
-
-
-@triton.jit
-def count_from(logits, vocab_size, least_key, BLOCK: tl.constexpr):
-    """How many keys of the row are >= least_key."""
-    count = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        _, _, key = load_block(logits, start, vocab_size, BLOCK)
-        count += (key >= least_key).to(tl.int32)
-    return tl.sum(count)
-
-
-@triton.jit
-def rank_cut(logits, vocab_size, k, BLOCK: tl.constexpr):
+def rank_cut(logits, vocab_size, k, max_key, BLOCK: tl.constexpr):
     """(cut, last): a row's best k are the keys above the cut, and those equal to it up to the token `last`."""
-    cut = tl.full((), 0, tl.uint32)
-    for bit in range(32):
-        trial = cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
-        cut = tl.where(count_from(logits, vocab_size, trial, BLOCK) >= k, trial, cut)
-    above = tl.full((), 0, tl.int32)
-    if cut != 0xFFFFFFFF:
-        above = count_from(logits, vocab_size, cut + 1, BLOCK)
-    return cut, nth_tie(logits, vocab_size, cut, k - above, BLOCK)
+    low, cut = tl.full((), 1, tl.uint32), tl.full((), 0, tl.uint32)
+    reached, above = tl.full((), 0, tl.int64) + vocab_size, tl.full((), 0, tl.int64)
+    last = tl.full((), EVERY_TOKEN, tl.int32)
+    k = k.to(tl.int64)
+    return search_row(logits, vocab_size, 0.0, 1.0, cut, last, k, low, max_key, reached, above, False, BLOCK)
+
+
+# ---- the bracket ----
+
+
+@triton.jit
+def _at(bins, bin, values):
+    return tl.sum(tl.where(bins == bin, values, 0.0))
+
+
+@triton.jit
+def _narrow(
+    y, low, high, mass_below, square_below, mass_above, square_above, wanted_below, wanted_above, unseen_part,
+    SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """A bracket of the cut within (low, high): two edges of the bins of a histogram. y [SAMPLE] <= 0; mass_ and square_
+    are the sums of w and w^2 of the sampled tokens outside of (low, high)."""
+    width = tl.maximum((high - low) / (BINS - 2), 1e-6) * 1.0001  # the first and the last bin hold what lies outside
+    bins = tl.arange(0, BINS)
+    edge = low + (bins - 1) * width  # [BINS]
+    inside = (bins > 0) & (bins < BINS - 1)
+    weight = tl.where(inside, tl.exp2(tl.minimum(edge + 0.5 * width, 0.0)), 0.0)
+    bin = tl.minimum(tl.maximum((y - low) * (1.0 / width) + 1.0, 0.0), BINS - 1.0).to(tl.int32)  # [SAMPLE]
+    mass = tl.histogram(bin, BINS).to(tl.float32) * weight
+    square = mass * weight
+    below, below_square = mass_below + tl.cumsum(mass, 0) - mass, square_below + tl.cumsum(square, 0) - square
+    above = mass_below + tl.sum(mass) + mass_above - below
+    above_square = square_below + tl.sum(square) + square_above - below_square
+    off_below = DEVIATIONS * tl.sqrt(tl.maximum(below_square - below * below / SAMPLE, 0.0) * unseen_part)
+    off_above = DEVIATIONS * tl.sqrt(tl.maximum(above_square - above * above / SAMPLE, 0.0) * unseen_part)
+    cut_is_above = (below + off_below + UNSEEN * weight <= wanted_below) | (above - off_above > wanted_above)
+    cut_is_below = (below - off_below > wanted_below) | (above + off_above + UNSEEN <= wanted_above)
+    lowest = tl.max(tl.where(cut_is_above & inside, bins, 1))
+    highest = tl.min(tl.where(cut_is_below & inside, bins, BINS - 1))
+    highest = tl.maximum(highest, lowest)
+    return (
+        low + (lowest - 1) * width,
+        tl.where(highest == BINS - 1, high, low + (highest - 1) * width),
+        _at(bins, lowest, below),
+        _at(bins, lowest, below_square),
+        _at(bins, highest, above),
+        _at(bins, highest, above_square),
+        width,
+    )
+
+
+@triton.jit
+def find_bracket(
+    logits, group_keys, masses, brackets, counts, vocab_size, row_stride, num_chunks,
+    temperature, top_p, temperature_stride, top_p_stride,
+    PER_ROW: tl.constexpr, NUM_CHUNKS: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """One program, one row: brackets (batch, 2), the lowest and the highest key within; sets the list's length to 0.
+
+    With F and Q the sums of w and w^2 over the n sampled tokens below a value, the mass below it in the whole row is
+    taken to lie within F +- DEVIATIONS sqrt(Q - F^2 / n); the mass above likewise. A value of which one of the two says
+    that the cut lies above it, or below, bounds the bracket. The values tried are the edges of the bins of a histogram.
+    The row's whole mass is known: no sample may hold its largest.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    temperature = parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32)
+    p = parameter(top_p, row, top_p_stride, PER_ROW & 4, tl.float32)
+    p = tl.where(temperature == 0.0, 0.0, p)  # greedy
+    rate = rate_of(temperature)
+    good, _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
+
+    places = tl.arange(0, SAMPLE)
+    tokens = places // RUN * (vocab_size // (SAMPLE // RUN)) // RUN * RUN + places % RUN
+    x = tl.load(logits + row * row_stride + tokens).to(tl.float32)  # [SAMPLE]
+
+    chunks = tl.arange(0, NUM_CHUNKS)
+    inside = (chunks < num_chunks) & good
+    keys = tl.load(group_keys + row * num_chunks + chunks, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    mass = tl.load(masses + row * num_chunks + chunks, mask=inside, other=0.0)
+    offset = tl.where(keys >= FINITE_KEYS_FROM, tl.minimum(value_of_key(keys) - row_max, 0.0), float("-inf"))
+    total = tl.sum(mass * tl.exp2(offset * rate)) * SAMPLE / vocab_size  # in units of the sample's
+    wanted_below, wanted_above = total * (1.0 - p), total * p
+
+    # y is the logarithm to base 2 of a token's weight over the likeliest one's; a NaN, of a row without answer, is -64.
+    y = tl.maximum(tl.minimum(x - row_max, 0.0) * rate, -64.0)  # [SAMPLE]
+    least, most = tl.min(y), tl.max(y)
+    low, high, unseen_part = least, most, 1.0 - SAMPLE / vocab_size.to(tl.float32)
+    mass_below, square_below, mass_above, square_above, width = 0.0, 0.0, 0.0, 0.0, 0.0
+    for _ in tl.static_range(2):
+        low, high, mass_below, square_below, mass_above, square_above, width = _narrow(
+            y, low, high, mass_below, square_below, mass_above, square_above, wanted_below, wanted_above, unseen_part,
+            SAMPLE,
+        )  # fmt: skip
+    low = tl.where(low == least, float("-inf"), row_max + (low - 0.5 * width) / rate)
+    high = tl.where(high == most, row_max, row_max + tl.minimum(high + 0.5 * width, 0.0) / rate)
+    high = tl.where(p < 1.0, high, float("-inf"))
+    tl.store(brackets + row * 2, tl.maximum(ordered_key(low), FINITE_KEYS_FROM).to(tl.int32, bitcast=True))
+    tl.store(brackets + row * 2 + 1, tl.minimum(ordered_key(high), INFINITY_KEY - 1).to(tl.int32, bitcast=True))
+    tl.store(counts + row, 0)
+
+
+@triton.jit
+def load_bracket(brackets, row):
+    low = tl.load(brackets + row * 2).to(tl.uint32, bitcast=True)
+    return low, tl.load(brackets + row * 2 + 1).to(tl.uint32, bitcast=True)
+
+
+# ---- the second read ----
+
+
+@triton.jit(do_not_specialize_on_alignment=["logits"])
+def weigh_groups(
+    logits, group_keys, brackets, counts, listed, group_sums,
+    batch, vocab_size, row_stride, num_chunks, num_groups,
+    temperature, min_p, temperature_stride, min_p_stride,
+    PER_ROW: tl.constexpr, CUT: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, LIST: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One program, GROUPS groups of a row, GROUP tokens each: the sums of their weights.
+
+    group_sums (3 or 1, batch, num_groups) int64: of the tokens that may be drawn; for top-p of those above the bracket
+    alone, then of all, and of those above the bracket with those that min-p drops. Tokens within the bracket go to
+    listed (batch, LIST + GROUP), logit above token, in any order, and are counted in counts (batch,).
+
+    A group is in one warp's registers, 32 neighbours a load, so that nothing here waits for another warp. (Loads of
+    four neighbours a thread would have to be turned round through shared memory for the list.)
+    """
+    steps = tl.cdiv(num_groups, GROUPS)
+    row = (tl.program_id(0) // steps).to(tl.int64)
+    groups = tl.program_id(0) % steps * GROUPS + tl.arange(0, GROUPS)  # [GROUPS]
+    rate = rate_of(parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32))
+    _, _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
+    places = (tl.arange(0, GROUP // 32) * 32)[None, :, None] + tl.arange(0, 32)[None, None, :]
+    tokens = groups[:, None, None] * GROUP + places  # [GROUPS, GROUP / 32, 32]
+    x = tl.load(logits + row * row_stride + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    weight = integer_weight(x - row_max, rate)
+    place = row * num_groups + groups
+    there = groups < num_groups
+    kept = weight
+    if CUT:
+        cut, last = load_bracket(brackets, row)
+        key = ordered_key(x)
+        kept = tl.where((key > cut) | ((key == cut) & (tokens <= last.to(tl.int32))), weight, 0)
+    if TOP_P:
+        low, high = load_bracket(brackets, row)
+        low, high = value_of_key(low), value_of_key(high)
+        above = x > high
+        kept = tl.where(above, weight, 0)
+        if MIN_P:
+            tl.store(group_sums + 2 * batch * num_groups + place, _sums(kept), mask=there)
+        tl.store(group_sums + batch * num_groups + place, _sums(weight), mask=there)
+        inside = (x >= low) & (above == 0)
+        within = inside.to(tl.int32)
+        across = tl.sum(within, axis=1)  # [GROUPS, 32]
+        number = tl.sum(across, axis=1)  # [GROUPS]
+        first = tl.atomic_add(counts + row + groups * 0, number, mask=number > 0, sem="relaxed")
+        first = tl.minimum(first, LIST)  # behind the list there is room for what no longer fits
+        slot = (first[:, None] + tl.cumsum(across, axis=1) - across)[:, None, :] + tl.cumsum(within, axis=1) - 1
+        slot = tl.max_contiguous(slot, [1, 1, 2])  # untrue, but the layout of the store follows from it
+        entry = (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tokens.to(tl.uint32).to(tl.int64)
+        tl.store(listed + row * (LIST + GROUP) + slot, entry, mask=inside)
+    if MIN_P:
+        least_weight = (parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32) * 1099511627776.0).to(tl.int64)
+        kept = tl.where(kept >= least_weight, kept, 0)
+    tl.store(group_sums + place, _sums(kept), mask=there)
+
+
+@triton.jit
+def _sums(x):
+    return tl.sum(tl.sum(x, axis=1), axis=1)
+
+
+# ---- the cut, from the list ----
+
+
+@triton.jit
+def _sum_max_min(sum0, max0, min0, sum1, max1, min1):
+    return sum0 + sum1, tl.maximum(max0, max1), tl.minimum(min0, min1)
+
+
+@triton.jit
+def search_list(key, weight, tokens, target, low, high, reached):
+    """`search_row` for a tile of keys, 0 where there is none, with positive weights."""
+    step = tl.full((), 0, tl.int32)
+    above = target * 0
+    while low < high:
+        trial = _next_trial(low, high, reached, above, target, step)
+        upper = key >= trial
+        found, below, beyond = tl.reduce(
+            (tl.where(upper, weight, 0), tl.where(upper, 0, key), tl.where(upper, key, TOP)), 0, _sum_max_min
+        )
+        if found >= target:
+            low, reached = beyond, found
+        else:
+            high, above = below, found
+        step += 1
+    tie = key == low
+    each = tl.max(tl.where(tie, weight, 1))
+    wanted = ((target - above + each - 1) // each).to(tl.int32)
+    last = tl.full((), EVERY_TOKEN, tl.int32)
+    if tl.sum(tie.to(tl.int32)) > wanted:
+        last = last * 0  # the smallest token up to which there are as many ties as wanted
+        for bit in range(20):
+            trial_token = last + (tl.full((), 1 << 19, tl.int32) >> bit)
+            fewer = tl.sum((tie & (tokens < trial_token)).to(tl.int32)) < wanted
+            last = tl.where(fewer, trial_token, last)
+    return low, last
+
+
+@triton.jit
+def _sum_groups(logits, own, vocab_size, num_groups, row_max, rate, cut, last, least_weight, GROUP: tl.constexpr):
+    """The weights of each group's kept tokens, added up."""
+    for group in range(num_groups):
+        tokens, x, key = load_block(logits, group * GROUP, vocab_size, GROUP)
+        weight = kept_weight(tokens, x, key, row_max, rate, cut, last)
+        tl.store(own + group, tl.sum(tl.where(weight >= least_weight, weight, 0)))
+
+
+@triton.jit
+def load_list(listed, counts, row, row_max, rate, LIST: tl.constexpr, GROUP: tl.constexpr):
+    """The tokens within a row's bracket, [LIST] each: keys, weights, token ids; 0 where there is none."""
+    slots = tl.arange(0, LIST)
+    count = tl.load(counts + row)
+    entry = tl.load(listed + row * (LIST + GROUP) + slots, mask=slots < count, other=0)
+    x, tokens = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True), entry.to(tl.int32)
+    weight = tl.where(slots < count, integer_weight(x - row_max, rate), 0)
+    return tl.where(weight > 0, ordered_key(x), 0), weight, tokens
+
+
+@triton.jit
+def cut_in_row(
+    logits, own, vocab_size, num_groups, max_key, row_max, rate, target, high, everything, above, least_weight,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """(cut, last) of top-p, where no list helps; the sums of each group's kept tokens are written anew."""
+    if above >= target:
+        high, above = max_key, above * 0
+    low, zero = tl.full((), 1, tl.uint32), tl.full((), 0, tl.uint32)
+    every = tl.full((), EVERY_TOKEN, tl.int32)
+    cut, last = search_row(
+        logits, vocab_size, row_max, rate, zero, every, target, low, high, everything, above, True, 4 * GROUP
+    )
+    _sum_groups(logits, own, vocab_size, num_groups, row_max, rate, cut, last, least_weight, GROUP)
+    tl.debug_barrier()  # the sums are read again, by other threads
+    return cut, last

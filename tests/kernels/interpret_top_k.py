@@ -7,9 +7,8 @@ TRITON_INTERPRET=1. It prints how many calls agreed.
 import warnings
 
 import torch
-import triton
 
-from kernels.top_k import reference, triton_sample, triton_select, triton_top_k, triton_top_p
+from kernels.top_k import reference, triton_sample, triton_select, triton_top_k
 
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "seed", "step")
 OFF = (1.0, 0, 1.0, 0.0, 0, 0)
@@ -20,6 +19,7 @@ OPTIONS = (
     {"top_p": 0.7, "min_p": 0.02, "seed": 2**40},
     {"temperature": 0.0, "step": 2},
     {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.02, "step": 2**33},
+    {"temperature": (0.0, 1.3), "top_p": (0.6, 1.0), "min_p": (0.0, 0.01)},  # of each of two rows
 )
 
 
@@ -48,8 +48,9 @@ def check_sample(x: torch.Tensor, options: dict, as_tensors: bool) -> None:
     tensors = [torch.tensor(v, dtype=t).expand(len(x)) for v, t in zip(values, TYPES, strict=True)]
     expected = reference.sample(x, *tensors)
     if as_tensors:
-        tensors[1] = tensors[1].clamp(min=1) if values[1] else torch.full((len(x),), x.shape[1])
-        token_ids, logprobs = triton_sample.sample(x, *OFF, *tensors, True)
+        token_ids, logprobs = triton_sample.sample(
+            x, *OFF, tensors[0], tensors[1] if values[1] else None, *tensors[2:], True
+        )
     else:
         token_ids, logprobs = triton_sample.sample(x, *values, *(None,) * 6, True)
     assert torch.equal(token_ids, expected[0]), (options, token_ids, expected[0])
@@ -61,7 +62,7 @@ def force(path: str) -> None:
     if path == "whole rows":
         return
     length = 16 if path == "short list" else 1024
-    triton_top_p.LIST_LENGTH = triton_sample.LIST_LENGTH = triton.language.constexpr(length)
+    triton_sample.MAX_SAMPLE, triton_sample.MAX_LIST, triton_sample.GROUP = 64, length, 32
     most = 1024 if path == "best groups" else 0
     for module in (triton_select, triton_sample, triton_top_k):
         module.CHUNK, module.MAX_TILE, module.MAX_GROUPS_CHOSEN = 128, 0, most
@@ -81,7 +82,8 @@ def main() -> None:
             for number, options in enumerate(OPTIONS):
                 if path == "short list" and "top_k" in options:
                     continue
-                check_sample(x, options, as_tensors=number % 2 == 1 and path != "best groups")
+                a_row_each = number == len(OPTIONS) - 1
+                check_sample(x, options, as_tensors=a_row_each or (number % 2 == 1 and path != "best groups"))
                 calls += 1
         print(f"{path}: {calls} calls so far, all agree with the reference", flush=True)
 

@@ -26,21 +26,26 @@ SCRATCH = {
     "partials": "*fp32",
     "chosen_groups": "*i32",
     "cuts": "*i32",
-    "lasts": "*i32",
-    "chunk_sums": "*i64",
+    "masses": "*fp32",
+    "group_sums": "*i64",
     "num_groups": "i32",
     "num_chunks": "i32",
     "candidates": "*i64",
-    "curves": "*fp32",
-    "spacings": "*fp32",
     "brackets": "*i32",
     "counts": "*i32",
-    "listed": "*i32",
-    "sums": "*i64",
+    "listed": "*i64",
 }
 SAMPLE = {"logits": "*bf16", "token_ids": "*i64", "logprobs": "*fp32", **ROW, **PARAMETERS, **SCRATCH}
-TOP_K = {"x": "*fp32", "values": "*fp32", "indices": "*i64", "n": "i32", "k": "i32", **ROW, **SCRATCH}
-FLAGS = {"PER_ROW": 0, "TOP_K": True, "TOP_P": True, "LOGPROBS": True, "SUM_EXP": True, "CUT": True}
+TOP_K = {"x": "*fp32", "values": "*fp32", "indices": "*i64", "n": "i32", "k": "i32", **ROW, **PARAMETERS, **SCRATCH}
+FLAGS = {"PER_ROW": 0, "TOP_K": True, "TOP_P": True, "MIN_P": True, "LOGPROBS": True, "SUM_EXP": True, "MASS": True}
+
+LONG = {
+    "LIST": 2048,
+    "GROUPS": triton_sample.WEIGH_WARPS,
+    "GROUP": triton_sample.GROUP,
+    "NUM_CHUNKS": 8,
+    "NUM_GROUPS": 64,
+}
 
 # kernel, types, constants, warps
 KERNELS = [
@@ -52,14 +57,13 @@ KERNELS = [
         {"BITS": 16, "TILE": 2048, "GROUP": 32, "NUM_GROUPS": 4096, "NUM_CHUNKS": 32},
         triton_select.tile_warps(4096),
     ),
-    (triton_top_p.chunk_curves, SAMPLE, {"CHUNK": 1024}, 4),
-    (triton_top_p.find_bracket, SAMPLE, {"NUM_CHUNKS": 32}, 4),
-    (triton_top_p.weigh_chunks, SAMPLE, {"NUM_CHUNKS": 32, "CHUNK": 1024}, 4),
-    (triton_top_p.cut_within_bracket, SAMPLE, {"NUM_CHUNKS": 32, "CHUNK": triton_select.CHUNK}, 16),
+    (triton_top_p.find_bracket, SAMPLE, {"NUM_CHUNKS": 32, "SAMPLE": 16384}, 16),
     (triton_sample._find_cut, SAMPLE, {"NUM_CHUNKS": 32, "BLOCK": 1024}, 4),
-    (triton_sample._chunk_weights, SAMPLE, {"NUM_CHUNKS": 32, "CHUNK": 1024}, 4),
-    (triton_sample._draw_from_chunks, SAMPLE, {"NUM_CHUNKS": 32, "CHUNK": 1024}, 4),
-    (triton_top_k._top_k_short, TOP_K, {"ROWS": 32, "BLOCK": 32}, 4),
+    (triton_top_p.weigh_groups, SAMPLE, {**LONG, "CUT": True, "TOP_P": False}, triton_sample.WEIGH_WARPS),
+    (triton_top_p.weigh_groups, SAMPLE, {**LONG, "CUT": False}, triton_sample.WEIGH_WARPS),
+    (triton_sample._draw_long, SAMPLE, {**LONG, "CUT": False}, triton_sample.DRAW_WARPS),
+    (triton_sample._draw_long, SAMPLE, {**LONG, "CUT": True, "TOP_P": False}, triton_sample.DRAW_WARPS),
+    (triton_top_k._top_k_short, TOP_K, {"BITS": 32, "ROWS": 32, "BLOCK": 32}, 4),
     (
         triton_top_k._top_k_tile,
         TOP_K,
