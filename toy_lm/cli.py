@@ -88,12 +88,18 @@ def _add_attention(job: argparse.ArgumentParser) -> None:
 def _add_train(jobs) -> None:
     job = _add_job(jobs, "train", _train, "Train a model on a text and leave a run folder.")
     job.add_argument("--corpus", default="sample", help="a UTF-8 text file, sample, grammar or grammar:BYTES")
-    job.add_argument("--preset", default="sample", help="sample, shakespeare or small")
+    job.add_argument("--preset", default="sample", help="sample, shakespeare, shakespeare-cpu or small")
     job.add_argument("--out", default=DEFAULT_RUN, metavar="FOLDER", help="the run folder to make")
     job.add_argument("--resume", action="store_true", help="continue the run in --out")
     job.add_argument("--steps", type=int, help="how many steps in all, in place of the preset's")
     job.add_argument("--seed", type=int, help="of the weights and batches, in place of the preset's")
     job.add_argument("--precision", default="auto", help="fp32, bf16, or auto: bf16 where the hardware is faster in it")
+    job.add_argument(
+        "--documents", metavar="END", help=r"the text that ends a document, as '\n\n': attention stays within documents"
+    )
+    job.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
+    job.add_argument("--shard", action="store_true", help="under torchrun: a slice of the model for each GPU (FSDP2)")
+    job.add_argument("--tensorboard", action="store_true", help="write the losses for TensorBoard, too")
     job.add_argument("--profile", action="store_true", help="write trace.json: where the time of a few steps went")
     job.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile; by default where there is a GPU"
@@ -118,6 +124,10 @@ def _train(options: argparse.Namespace) -> None:
         steps=options.steps,
         compile=options.compile,
         precision=options.precision,
+        documents=None if options.documents is None else options.documents.replace("\\n", "\n"),
+        recompute=options.recompute,
+        shard=options.shard,
+        tensorboard=options.tensorboard,
         profile=options.profile,
     )
     if result.interrupted:

@@ -287,9 +287,17 @@ class Trainer:
         self.model.train()
         hidden = None if self.workers.rank == 0 else True  # None: where there is no terminal
         with tqdm(total=config.num_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True) as bar:
-            shown = clock = time.perf_counter()
+            shown = begin = clock = time.perf_counter()
+            announced = self.execution.compile
+            if announced:
+                log(
+                    "the first step waits for its kernels to be compiled: seconds with a warm cache, else up to a minute"
+                )
             while self.step < last_step and not self._must_stop(interrupted):
                 self.train_step(self.step)
+                if announced:
+                    log(f"first step begun after {time.perf_counter() - begin:.1f} s")
+                    announced = False
                 self.step += 1
                 step_done()
                 bar.update()

@@ -1,5 +1,7 @@
 """Corpora are read whole or refused in one line; batches depend on (seed, step) alone and cover the text."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -132,3 +134,53 @@ def test_spread_starts_cover_the_text():
     few = windows.spread_starts(4, 8)
     assert len(few) == 4 and few[0] == 0 and few[-1] == 88 and (np.diff(few) > 16).all()
     assert data.Windows(np.zeros(9, dtype=np.uint16), 8, "cpu").spread_starts(4, 8).tolist() == [0]
+
+
+def test_documents_are_told_apart_whatever_the_size_of_the_parts(tmp_path, monkeypatch):
+    text = "one\n\ntwo words\nand more\n\n\n\nthree 🦊\n\nno end"
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    expected = ["one\n\n", "two words\nand more\n\n", "\n\n", "three 🦊\n\n", "no end"]
+    for part in (1 << 20, 1, 7):
+        monkeypatch.setattr(data, "_PART", part)
+        (tmp_path / str(part)).mkdir()
+        corpus = data.open_corpus(str(tmp_path / "text.txt"))
+        ids, starts = data.tokenize_documents(corpus, Tokenizer.bytes_tokenizer(), tmp_path / str(part), "\n\n")
+        assert [bytes(x.tolist()).decode() for x in np.split(ids, starts[1:])] == expected and starts[0] == 0
+    assert data.tokenize(corpus, Tokenizer.bytes_tokenizer(), tmp_path / "7").tolist() == ids.tolist()
+    assert data.tokenize_documents(corpus, Tokenizer.bytes_tokenizer(), tmp_path / "7", "")[1].tolist() == [0]
+    train, validation = data.split_starts(starts, 6)
+    assert train.tolist() == [0, 5] and validation.tolist() == (starts[2:] - 6).tolist()
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 7, 16, 50])
+def test_windows_know_where_their_documents_begin(seqlen):
+    starts = np.array([0, 3, 4, 5, 20, 21, 60, 61, 99])
+    windows = data.Windows(np.zeros(120, dtype=np.uint16), seqlen, "cpu", starts)
+    every = np.arange(windows.num_starts)
+    counts = []
+    for window in every:
+        inside = [int(start - window) for start in starts if window < start < window + seqlen]
+        counts.append(1 + len(inside))
+        got = windows.documents(np.array([window])).tolist()
+        assert len(got) == windows.max_documents(1) + 1
+        assert got == [0, *inside] + [seqlen] * (len(got) - 1 - len(inside))
+    assert max(counts) <= windows.max_documents(1) <= max(counts) + 1  # the first may begin where no window can
+    two = windows.documents(np.array([2, 58])).tolist()
+    expected = [int(s) - 2 for s in starts if 2 < s < 2 + seqlen]
+    expected = [0, *expected, seqlen, *[int(s) - 58 + seqlen for s in starts if 58 < s < 58 + seqlen], 2 * seqlen]
+    assert two[: len(expected)] == expected and set(two[len(expected) :]) <= {2 * seqlen}
+
+
+def test_neither_the_text_nor_its_tokens_are_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_PART", 1 << 14)
+    (tmp_path / "text.txt").write_text("a line of text\n" * 200_000)  # 3 MB, 6 MB of token ids
+    tracemalloc.start()
+    try:
+        corpus = data.open_corpus(str(tmp_path / "text.txt"))
+        token_ids = data.tokenize(corpus, Tokenizer.bytes_tokenizer(), tmp_path)
+        windows = data.Windows(token_ids, 64, "cpu")
+        windows.at(windows.random_starts(12, 0, 0))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(token_ids) == 3_000_000 and peak < 1_000_000

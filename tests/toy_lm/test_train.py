@@ -6,9 +6,11 @@ import json
 import math
 import os
 import pathlib
+import resource
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,6 +164,48 @@ def test_rows_written_after_the_last_checkpoint_are_written_anew(whole, tmp_path
     _assert_same_run(tmp_path / "run", whole[0])
 
 
+def test_a_killed_run_resumes_as_if_it_had_not_been(whole, tmp_path):
+    """kill -9 while it trains: what was saved loads, and the run ends as the whole one did, to the bit."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+
+        def kill(line):
+            if line.startswith("step 18"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        _run(tmp_path / "run", log=kill)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert checkpoint.load(tmp_path / "run").step == 10
+    _run(tmp_path / "run", resume=True)
+    _assert_same_run(tmp_path / "run", whole[0])
+
+
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_a_full_disk_ends_in_one_line_and_what_was_saved_resumes(whole, tmp_path, size):
+    """From the step after a checkpoint on no file can grow beyond `size`: not metrics.csv, or not the weights."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    train_step = step.TrainStep.__call__
+
+    def fill_up(self, number):
+        if number == 11:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        train_step(self, number)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step.TrainStep, "__call__", fill_up)
+            with pytest.raises(OSError, match="File too large") as caught:
+                _run(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert checkpoint.load(tmp_path / "run").step == 10
+    _run(tmp_path / "run", resume=True)
+    _assert_same_run(tmp_path / "run", whole[0])
+
+
 def test_ctrl_c_saves_and_the_run_goes_on_from_there(whole, tmp_path):
     def interrupt(line):
         if line.startswith("step 12"):
@@ -202,6 +246,87 @@ def test_parts_of_a_batch_add_up_to_the_whole(whole, tmp_path):
         assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=ROUNDING)
     with pytest.raises(ValueError, match="grad_accumulation: got 3, needs a divisor of batch_size = 4"):
         _tiny(grad_accumulation=3)
+
+
+def test_documents_are_learnt_each_by_itself(tmp_path, device):
+    """The losses of a run on packed documents are those of its documents, worked out one by one in fp64."""
+    precision = "fp32" if device == "cpu" else "bf16"
+    config = _tiny(num_steps=6, eval_batches=1000)
+    result = _run(tmp_path / "run", config, documents="\n", device=device, precision=precision)
+    loaded = checkpoint.load(tmp_path / "run")
+    model = loaded.model(attention="classic").double()
+    text = "".join(data.open_corpus(CORPUS).parts())
+    documents = [loaded.tokenizer.encode(line + "\n") for line in text.split("\n") if line]
+    owner = [number for number, document in enumerate(documents) for _ in document]
+    token_ids = [token_id for document in documents for token_id in document]
+    num_train = len(data.split(np.array(token_ids), 0.1, 16)[0])
+    nats, count = 0.0, 0
+    for start in range(num_train, len(token_ids) - 16, 16):
+        for document in dict.fromkeys(owner[start : start + 16]):
+            inside = [i for i in range(start, start + 16) if owner[i] == document]
+            with torch.no_grad():
+                logits = model(torch.tensor([[token_ids[i] for i in inside]]))[0]
+            nats += F.cross_entropy(logits, torch.tensor([token_ids[i + 1] for i in inside]), reduction="sum").item()
+            count += len(inside)
+    tolerance = 1e-5 if device == "cpu" else 2e-3
+    assert result.validation_loss == pytest.approx(nats / count, rel=tolerance)
+    if device == "cpu":
+        _run(
+            tmp_path / "parts",
+            dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accumulation=2)),
+            documents="\n",
+            stop_after=4,
+        )
+        again = _run(tmp_path / "parts", resume=True)
+        assert again.validation_loss == pytest.approx(result.validation_loss, rel=ROUNDING)
+
+
+def test_layers_that_are_computed_again_learn_the_same_to_the_bit(tmp_path):
+    _run(tmp_path / "kept", _tiny(dropout=0.2), steps=8)
+    _run(tmp_path / "run", _tiny(dropout=0.2), steps=8, recompute=True)
+    _assert_same_run(tmp_path / "run", tmp_path / "kept")
+    model = checkpoint.load(tmp_path / "run").model().train()
+    kept = []
+    for recompute in (False, True):
+        saved = 0
+
+        def count(x):
+            nonlocal saved
+            saved += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            model.decoded(torch.zeros(4, 16, dtype=torch.int64), recompute=recompute)
+        kept.append(saved)
+    assert kept[1] < kept[0] / 4
+
+
+def test_rows_are_written_for_tensorboard_or_one_line_says_why_not(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = _run(tmp_path / "run", steps=12, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    losses = events.Scalars("validation_loss")
+    assert [event.step for event in losses] == [6, 12]
+    assert losses[-1].value == pytest.approx(result.validation_loss)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="tensorboard: it is not installed; pip install tensorboard"):
+        _run(tmp_path / "other", tensorboard=True)
+
+
+def test_the_picture_shows_the_limit_and_the_peer(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    lines = []
+    axhline = Axes.axhline
+    monkeypatch.setattr(Axes, "axhline", lambda *a, label, **k: (lines.append(label), axhline(*a, label=label, **k))[1])
+    monkeypatch.setattr(data, "TINY_SHAKESPEARE", data.open_corpus(CORPUS).fingerprint)
+    _run(tmp_path / "run", _tiny(nanogpt_loss=1.5), steps=6)
+    assert [line.partition(",")[0] for line in lines] == ["the text's entropy", "nanoGPT's best"]
+    monkeypatch.undo()
+    _run(tmp_path / "other", _tiny(nanogpt_loss=1.5), steps=6)  # another text
+    assert len(lines) == 2
 
 
 def test_a_profile_is_a_trace_of_some_steps(tmp_path):
