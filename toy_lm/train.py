@@ -290,9 +290,7 @@ class Trainer:
             shown = begin = clock = time.perf_counter()
             announced = self.execution.compile
             if announced:
-                log(
-                    "the first step waits for its kernels to be compiled: seconds with a warm cache, else up to a minute"
-                )
+                log("the first step waits until its kernels are compiled: seconds from a cache, else up to a minute")
             while self.step < last_step and not self._must_stop(interrupted):
                 self.train_step(self.step)
                 if announced:
