@@ -177,12 +177,9 @@ def _transformers(folder: str, device: torch.device, dtype: torch.dtype, static:
 
     def generate(batch_size: int, num_tokens: int, **cache) -> None:
         prompt = torch.full((batch_size, 1), 10, device=device)
-        settings = {"do_sample": True, "top_k": TOP_K, "pad_token_id": 0}
+        settings = {"do_sample": True, "top_k": TOP_K, "pad_token_id": 0, "min_new_tokens": num_tokens}
         mask = torch.ones_like(prompt)
-        # Its end-of-text token would let a text end early: -1 is none.
-        model.generate(
-            prompt, attention_mask=mask, max_new_tokens=num_tokens, eos_token_id=-1, **settings, **cache
-        ).cpu()
+        model.generate(prompt, attention_mask=mask, max_new_tokens=num_tokens, **settings, **cache).cpu()
 
     contestants: dict[str, Contestant] = {"transformers": generate}
     if static:
