@@ -62,7 +62,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"k: got {k!r}, needs a whole number from 1 to {x.shape[-1]}, the length of a row")
     ensure(x.device.type)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (batch, n)
-    values, indices = _ops.top_k(_unit_stride(rows.detach()), k)
+    values, indices = _ops.top_k.default(_unit_stride(rows.detach()), k)
     if x.dim() != 2:
         values, indices = values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
     if x.requires_grad and torch.is_grad_enabled():
@@ -121,7 +121,7 @@ def sample(
             numbers.append(_number(parameter, value, vocab_size))
             tensors.append(None)
     ensure(logits.device.type)
-    token_ids, logprobs = _ops.sample(_unit_stride(logits.detach()), *numbers, *tensors, return_logprobs)
+    token_ids, logprobs = _ops.sample.default(_unit_stride(logits.detach()), *numbers, *tensors, return_logprobs)
     return Sampled(token_ids, *logprobs.unbind()) if return_logprobs else token_ids
 
 

@@ -436,8 +436,8 @@ def _group_by_group(job: _Job) -> None:
     mass_at = (temperature, temperature_stride, job.per_row) if cut_by_mass else None
     group_keys, partials, masses, _, num_chunks = launch_group_maxima(logits, CHUNK, job.logprobs, job.key, mass_at)
     brackets = logits.new_empty((batch, 2), dtype=torch.int32)
-    counts = logits.new_empty((batch,), dtype=torch.int32)
-    listed = logits.new_empty((batch, list_length + GROUP) if cut_by_mass else (0,), dtype=torch.int64)
+    counts = logits.new_empty((batch,), dtype=torch.int32) if cut_by_mass else None
+    listed = logits.new_empty((batch, list_length + GROUP), dtype=torch.int64) if cut_by_mass else None
     group_sums = logits.new_empty((3 if cut_by_mass else 1, batch, num_groups), dtype=torch.int64)
     common = {"PER_ROW": job.per_row, "NUM_CHUNKS": power_of_2(num_chunks)}
     filters = {"CUT": cut_by_rank, "TOP_P": cut_by_mass, "MIN_P": job.may_drop_light, "LIST": list_length}

@@ -267,7 +267,7 @@ def choose_group(n: int, k: int) -> tuple[int, int]:
 
 def launch_group_maxima(
     x: Tensor, group: int, sum_exp: bool, key: tuple, mass_at: tuple | None = None
-) -> tuple[Tensor, Tensor, Tensor, int, int]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, int, int]:
     """Run `group_maxima`: keys (batch, num_groups), partials, masses, and how many groups and chunks a row has.
 
     mass_at   temperature, its stride, and which parameters are tensors; None: no masses
@@ -276,8 +276,8 @@ def launch_group_maxima(
     num_groups, num_chunks = blocks(n, group), blocks(n, CHUNK)
     temperature, temperature_stride, per_row = mass_at or (1.0, 0, 0)
     group_keys = x.new_empty((batch, num_groups), dtype=torch.int32)
-    partials = x.new_empty((batch, num_chunks, 2) if sum_exp else (0,), dtype=torch.float32)
-    masses = x.new_empty((batch, num_chunks) if mass_at else (0,), dtype=torch.float32)
+    partials = x.new_empty((batch, num_chunks, 2), dtype=torch.float32) if sum_exp else None
+    masses = x.new_empty((batch, num_chunks), dtype=torch.float32) if mass_at else None
     arguments: tuple = (x, group_keys, partials, masses, n, x.stride(0), num_groups, num_chunks)
     arguments += (temperature, temperature_stride)
     constants = {
