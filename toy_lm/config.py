@@ -149,6 +149,7 @@ PRESETS = {
             vocab_size=256,
             eval_every=100,
             eval_batches=40,
+            nanogpt_loss=1.4637,
         ),
     ),
     # nanoGPT's shape for a CPU: 4 layers of width 128, 0.8 M parameters.
@@ -176,6 +177,7 @@ PRESETS = {
             tokenizer="bytes",
             vocab_size=256,
             eval_batches=40,
+            nanogpt_loss=1.8857,
         ),
     ),
     # GPT-2's smallest shape: 12 layers of width 768, 124 M parameters.

@@ -1,7 +1,7 @@
 """Training beside nanoGPT: the same text, the same shape and batch, in one process, on one machine.
 
-    toy-lm bench training --text input.txt --nanogpt FOLDER     nanoGPT's shakespeare-char run, for a GPU
-    toy-lm bench training --text input.txt --nanogpt FOLDER --preset shakespeare-cpu
+    toy-lm bench training --text input.txt --nanogpt FOLDER                   on a GPU nanoGPT's shakespeare-char run
+    toy-lm bench training --text input.txt --nanogpt FOLDER --device cpu      its README's run for a CPU
 
 First tokens per second in steady state, with the two taking turns; then a race to a validation loss, over the whole
 validation text, in seconds of training (evaluations are not counted, and compilation is shown apart).
@@ -50,23 +50,31 @@ class Contestant:
     evaluate_every: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Race:
+    """Seconds of training, evaluations and the first step left out."""
+
+    at_target: float  # inf if it was not reached
+    seconds: float  # in all
+
+
 def run(arguments: Sequence[str]) -> None:
     """The job behind `toy-lm bench training`. Raises ValueError for a text or a clone that cannot be read."""
     parser = argparse.ArgumentParser(prog="toy-lm bench training", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", required=True, help="the text: the file input.txt of nanoGPT's data/shakespeare_char")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT")
-    parser.add_argument("--preset", default="shakespeare", help="shakespeare (GPU) or shakespeare-cpu")
-    parser.add_argument(
-        "--target", type=float, help="the validation loss to race to; default: what nanoGPT's README gives"
-    )
+    parser.add_argument("--preset", help="default: shakespeare on a GPU, shakespeare-cpu on a CPU")
+    parser.add_argument("--target", type=float, help="the validation loss to race to; default: nanoGPT's own best")
     parser.add_argument("--seeds", type=int, default=1, help="how many runs of this project race")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--skip-race", action="store_true", help="measure the steady state only")
     options = parser.parse_args(arguments)
 
     device = pick_device(options.device)
-    chosen = preset(options.preset)
-    target = options.target or (1.8857 if options.preset == "shakespeare-cpu" else 1.4637)
+    chosen = preset(options.preset or ("shakespeare-cpu" if device.type == "cpu" else "shakespeare"))
+    target = options.target or chosen.train.nanogpt_loss
+    if target is None:
+        raise ValueError(f"preset: got {options.preset!r}, for which nanoGPT's loss is not known; name a --target")
     with tempfile.TemporaryDirectory() as folder:
         token_ids = data.tokenize(data.open_corpus(options.text), Tokenizer.bytes_tokenizer(), folder)
         train_ids, validation_ids = data.split(token_ids, 0.1, chosen.train.seqlen)  # nanoGPT's split
@@ -78,8 +86,9 @@ def run(arguments: Sequence[str]) -> None:
             makers.append(functools.partial(_nanogpt, pathlib.Path(options.nanogpt), chosen, train_ids, device))
         _steady_state([makers[0], *makers[options.seeds :]], chosen, device)
         if not options.skip_race:
-            for make in makers:
-                _race(make(), validation, chosen, target, device)
+            races = [_race(make(), validation, chosen, target, device) for make in makers]
+            if options.nanogpt:
+                _compare(races, target)
 
 
 def _this_project(chosen: Preset, windows: data.Windows, device: torch.device, seed: int) -> Contestant:
@@ -230,7 +239,7 @@ def _steady_state(makers: Sequence[Callable[[], Contestant]], chosen: Preset, de
 
 def _race(
     contestant: Contestant, validation: data.Windows, chosen: Preset, target: float, device: torch.device
-) -> None:
+) -> Race:
     """Train to the end of the contestant's own schedule; print when the target was reached, and the best loss."""
     starts = validation.spread_starts(1 << 40, chosen.train.seqlen)  # the whole validation text
     batches = np.array_split(starts, math.ceil(len(starts) / chosen.train.batch_size))
@@ -239,7 +248,7 @@ def _race(
     contestant.step(0)
     _wait(device)
     first, seconds = time.perf_counter() - begin, 0.0
-    reached, best, best_step = "not reached", math.inf, 0
+    at_target, at_step, best, best_step = math.inf, 0, math.inf, 0
     begin = time.perf_counter()
     for number in range(1, contestant.num_steps):
         contestant.step(number)
@@ -252,13 +261,26 @@ def _race(
         loss = nats / (len(starts) * chosen.train.seqlen)
         if loss < best:
             best, best_step = loss, number + 1
-        if loss <= target and reached == "not reached":
-            reached = f"{seconds:.2f} s, step {number + 1}"
+        if loss <= target and not at_step:
+            at_target, at_step = seconds, number + 1
         begin = time.perf_counter()
+    reached = f"{at_target:.2f} s, step {at_step}" if at_step else "not reached"
     print(
         f"{contestant.name} ({contestant.num_parameters:,} parameters): loss {target} after {reached}; "
         f"best {best:.4f} at step {best_step}; {contestant.num_steps} steps in {seconds:.1f} s, "
         f"the first (compiling) {first:.1f} s",
+        flush=True,
+    )
+    return Race(at_target=at_target, seconds=seconds)
+
+
+def _compare(races: Sequence[Race], target: float) -> None:
+    """Our slowest run beside nanoGPT's, which is the last."""
+    *ours, peer = races
+    slowest = max(race.at_target for race in ours)
+    print(
+        f"loss {target}, slowest of {len(ours)}: {slowest:.2f} s; nanoGPT there after {peer.at_target:.2f} s, "
+        f"at the end of its run after {peer.seconds:.2f} s, {peer.seconds / slowest:.1f} times that",
         flush=True,
     )
 
