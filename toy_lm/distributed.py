@@ -55,10 +55,11 @@ class Workers:
 ALONE = Workers()
 
 
-def shard(model: nn.Module, layers: Sequence[nn.Module], forward_methods: Sequence[str]) -> None:
+def shard(model: nn.Module, layers: Sequence[nn.Module], forward_method: str) -> None:
     """Leave each worker a slice of every weight; a layer's weights are gathered while it computes.
 
-    forward_methods  what is called of the model in place of `forward`
+    forward_method  what is called of the model in place of `forward`; behind it, until the backward pass, the weights
+                    that belong to no layer are whole
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -67,8 +68,7 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], forward_methods: Sequen
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # the loss is a part of the whole batch's mean: gradients add up
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction
-    for name in forward_methods:
-        register_fsdp_forward_method(model, name)
+    register_fsdp_forward_method(model, forward_method)
 
 
 def whole(tensor: Tensor) -> Tensor:

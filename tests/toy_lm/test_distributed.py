@@ -30,7 +30,7 @@ def _two_workers(folder, runs):
     script.write_text(WORKER + runs)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, timeout=90, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, timeout=150, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
