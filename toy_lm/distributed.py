@@ -9,6 +9,7 @@ Knows torch.distributed; knows nothing of models or files.
 
 import contextlib
 import dataclasses
+import datetime
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+
+
+_PATIENCE = datetime.timedelta(days=2)  # NCCL's own ten minutes are less than a large text takes to be tokenised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,12 +48,16 @@ class Workers:
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Rank 0 goes through the block before the others do."""
-        if self.count > 1 and self.rank > 0:
-            torch.distributed.barrier()
+        """Rank 0 goes through the block before the others do, who wait for it as long as a corpus may take."""
+        if self.count == 1:
+            yield
+            return
+        patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        if self.rank > 0:
+            torch.distributed.barrier(patient)
         yield
-        if self.count > 1 and self.rank == 0:
-            torch.distributed.barrier()
+        if self.rank == 0:
+            torch.distributed.barrier(patient)
 
 
 ALONE = Workers()

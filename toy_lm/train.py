@@ -173,7 +173,9 @@ def _begun(text: data.Corpus, preset: Preset, out: pathlib.Path, execution: Exec
             f"corpus: {text.name!r} has {text.num_bytes} bytes; a context of {preset.train.seqlen} tokens needs "
             f"{2 * window} tokens or more"
         )
-    if preset.train.tokenizer == "bytes":
+    if execution.workers.rank > 0:
+        tokenizer = Tokenizer.load(out)  # what the first worker has learnt
+    elif preset.train.tokenizer == "bytes":
         tokenizer = Tokenizer.bytes_tokenizer()
     else:
         tokenizer = Tokenizer.train_bpe(text.parts(), preset.train.vocab_size)
