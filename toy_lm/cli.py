@@ -133,8 +133,9 @@ def _train(options: argparse.Namespace) -> None:
     if result.interrupted:
         again = f"toy-lm train --corpus {options.corpus} --out {options.out} --resume"
         raise ValueError(f"stopped after step {result.step} of {result.num_steps}; everything is saved: {again}")
-    print(f"run folder: {result.folder}")
-    print(f'next: toy-lm generate "the quick brown" --run {result.folder}')
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one worker speaks
+        print(f"run folder: {result.folder}")
+        print(f'next: toy-lm generate "the quick brown" --run {result.folder}')
 
 
 def _add_generate(jobs) -> None:
