@@ -121,6 +121,7 @@ PRESETS = {
             vocab_size=512,
             eval_context=32,
             eval_every=50,
+            eval_batches=32,
         ),
     ),
     # nanoGPT's shakespeare-char shape: 6 layers of width 384, 10.7 M parameters.
