@@ -21,7 +21,8 @@ heads, so that nothing is added atomically. For several sequences that would be 
 bf16 weights meet the sequences in the matrix units, rounded to bf16, in SPLITS sums that are added up at the end; fp32
 weights are multiplied without them and added up in a tree, which rounds less. (As `tl.dot` they would be a chain, and
 the compiler would hang each tile's chain onto the one before: model_dim additions in a row.) Neither depends on how
-many sequences a tile holds: a sequence's logits do not depend on its neighbours. x, the parts and all sums are fp32.
+many sequences a tile holds, and `attend` has one tile for any number of them: a sequence's logits do not depend on its
+neighbours. x, the parts and all sums are fp32.
 
 Knows torch and Triton; knows nothing of models beyond the layer that it computes.
 """
@@ -32,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_K = {torch.float32: 64, torch.bfloat16: 1024}  # columns of weights at a time
+BLOCK_T = {torch.float32: 64, torch.bfloat16: 128}  # keys at a time
 SPLITS = {torch.float32: 1, torch.bfloat16: 4}
 NUM_WARPS = 4
 
@@ -496,7 +498,7 @@ def decode_step(
         _attend[(batch, num_heads, triton.cdiv(dim, 64) if alone else 1)](
             projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, o[layer],
             of_o, parts, batch, capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, dim, num_heads, num_kv_heads,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=64 if alone else 128, **_attention_tile(batch), **early,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=BLOCK_T[embedding.dtype], BLOCK_N=64, num_warps=NUM_WARPS, **early,
         )  # fmt: skip
         grid, options = product(2 * mlp_dim, dim)
         source, *norm = normalised(post_norm[layer], num_heads)
@@ -516,10 +518,6 @@ def _tile(batch: int, dtype: torch.dtype) -> int:
     if dtype == torch.float32:
         return 8
     return 1 if batch == 1 else 8 if batch <= 8 else 16
-
-
-def _attention_tile(batch: int) -> dict[str, int]:
-    return {"BLOCK_T": 128, "num_warps": 8} if batch == 1 else {"BLOCK_T": 64, "num_warps": 4}
 
 
 def _can_overlap(device: torch.device) -> bool:
