@@ -498,7 +498,8 @@ def decode_step(
         _attend[(batch, num_heads, triton.cdiv(dim, 64) if alone else 1)](
             projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, o[layer],
             of_o, parts, batch, capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, dim, num_heads, num_kv_heads,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=BLOCK_T[embedding.dtype], BLOCK_N=64, num_warps=NUM_WARPS, **early,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=BLOCK_T[embedding.dtype], BLOCK_N=64, num_warps=NUM_WARPS,
+            **early,
         )  # fmt: skip
         grid, options = product(2 * mlp_dim, dim)
         source, *norm = normalised(post_norm[layer], num_heads)
