@@ -23,3 +23,14 @@ for shape, batch, int8 in ((SHAPES[0], 1, False), (SHAPES[1], 3, True), (SHAPES[
         rounding = 4 * torch.finfo(torch.float32).eps * truth.abs().max()
         assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + rounding, (shape, batch)
     print(shape, batch, "equal")
+
+# The tiles of one sequence and of several add in the same order.
+token_ids, positions, k_cache, v_cache, weights = arguments(SHAPES[3], 2, torch.float32, "cpu")
+alone = []
+for row in range(2):
+    caches = [cache[:, row : row + 1].clone() for cache in (k_cache, v_cache)]
+    one = slice(row, row + 1)
+    alone.append(triton_decode_step.decode_step(token_ids[one], positions[one], *caches, *weights, EPS))
+together = triton_decode_step.decode_step(token_ids, positions, k_cache, v_cache, *weights, EPS)
+assert torch.equal(together, torch.cat(alone))
+print("alone and together equal")
