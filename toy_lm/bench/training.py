@@ -1,4 +1,4 @@
-"""Training beside nanoGPT: the same text, the same shape and batch, in one process, on one machine.
+"""Training beside nanoGPT: the same text, the same shape, in one process, on one machine.
 
     toy-lm bench training --text input.txt --nanogpt FOLDER                   on a GPU nanoGPT's shakespeare-char run
     toy-lm bench training --text input.txt --nanogpt FOLDER --device cpu      its README's run for a CPU
@@ -46,6 +46,7 @@ class Contestant:
     step: Callable[[int], None]
     losses: Callable[[Tensor, Tensor], Tensor]
     num_parameters: int
+    batch_size: int
     num_steps: int
     evaluate_every: int
 
@@ -117,6 +118,7 @@ def _this_project(chosen: Preset, windows: data.Windows, device: torch.device, s
         step=step,
         losses=losses,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        batch_size=config.batch_size,
         num_steps=config.num_steps,
         evaluate_every=max(1, config.num_steps // 40),
     )
@@ -146,14 +148,14 @@ def _nanogpt(folder: pathlib.Path, chosen: Preset, token_ids: np.ndarray, device
     ).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
     compiled = torch.compile(model) if on_gpu else model
-    num_steps = 5000 if on_gpu else 2000
+    batch_size, num_steps = (64, 5000) if on_gpu else (12, 2000)
     schedule = dataclasses.replace(
         config, num_steps=num_steps, learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=100
     )
     ids = ids.astype(np.uint16)
 
     def batch() -> tuple[Tensor, Tensor]:
-        starts = torch.randint(len(ids) - config.seqlen, (config.batch_size,)).tolist()
+        starts = torch.randint(len(ids) - config.seqlen, (batch_size,)).tolist()
         windows = [torch.from_numpy(ids[i : i + config.seqlen + 1].astype(np.int64)) for i in starts]
         both = torch.stack([x[:-1] for x in windows]), torch.stack([x[1:] for x in windows])
         if on_gpu:
@@ -187,7 +189,13 @@ def _nanogpt(folder: pathlib.Path, chosen: Preset, token_ids: np.ndarray, device
 
     count = sum(parameter.numel() for parameter in model.parameters())
     return Contestant(
-        name="nanoGPT", step=step, losses=losses, num_parameters=count, num_steps=num_steps, evaluate_every=250
+        name="nanoGPT",
+        step=step,
+        losses=losses,
+        num_parameters=count,
+        batch_size=batch_size,
+        num_steps=num_steps,
+        evaluate_every=250,
     )
 
 
@@ -203,7 +211,6 @@ def _import(path: pathlib.Path) -> Any:
 
 def _steady_state(makers: Sequence[Callable[[], Contestant]], chosen: Preset, device: torch.device) -> None:
     """Tokens per second, each contestant timed in turn, five times; the median counts."""
-    num_tokens = chosen.train.batch_size * chosen.train.seqlen
     steps = 60 if device.type == "cuda" else 10
     contestants, starts, done = [], [], []
     for make in makers:
@@ -227,14 +234,15 @@ def _steady_state(makers: Sequence[Callable[[], Contestant]], chosen: Preset, de
             done[index] += steps
     peak = _matrix_product_flops(device)
     print(f"a plain matrix product here: {peak / 1e12:.2f} TFLOP/s")
-    print("| | first step, s | ms per step | tokens/s | share of that |\n|---|---|---|---|---|")
+    print("| | first step, s | tokens a step | ms per step | tokens/s | share of that |\n|---|---|---|---|---|---|")
     for contestant, start, seconds in zip(contestants, starts, times, strict=True):
         median = sorted(seconds)[len(seconds) // 2]
+        num_tokens = contestant.batch_size * chosen.train.seqlen
         shape = chosen.model
         attention = 6 * shape.num_layers * shape.num_heads * shape.head_dim * chosen.train.seqlen  # causal: the half
         flops = (6 * contestant.num_parameters + attention) * num_tokens / median
         speed = f"{median * 1e3:.2f} | {num_tokens / median:,.0f} | {flops / peak:.1%}"
-        print(f"| {contestant.name} | {start:.1f} | {speed} |", flush=True)
+        print(f"| {contestant.name} | {start:.1f} | {num_tokens} | {speed} |", flush=True)
 
 
 def _race(
@@ -242,7 +250,7 @@ def _race(
 ) -> Race:
     """Train to the end of the contestant's own schedule; print when the target was reached, and the best loss."""
     starts = validation.spread_starts(1 << 40, chosen.train.seqlen)  # the whole validation text
-    batches = np.array_split(starts, math.ceil(len(starts) / chosen.train.batch_size))
+    batches = np.array_split(starts, math.ceil(len(starts) / 64))
     _wait(device)
     begin = time.perf_counter()
     contestant.step(0)
