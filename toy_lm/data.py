@@ -31,7 +31,8 @@ GROWN_BYTES = {"sample": 2_000_000, "grammar": 10_000_000}
 _GROWN = {"sample": SAMPLE, "grammar": GRAMMAR}
 # SHA-256 of the text that nanoGPT's shakespeare-char runs learn, 1,115,394 bytes.
 TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-_PART = 1 << 20  # characters of a file that are read and tokenised at once
+_PART = 1 << 16  # characters of a file that are read, and tokenised by one thread
+_PARTS = 16  # so many parts, or documents of their size, go to the threads at once
 _QUIET_BELOW = 20_000_000  # bytes that are tokenised before a progress bar would be read
 
 
@@ -129,13 +130,14 @@ def tokenize_documents(
         try:
             with open(unfinished[0], "wb") as starts, open(unfinished[1], "wb") as tokens, bar:
                 num_tokens, begins = 0, True
-                for text, ends in _documents(corpus.parts(), document_end):
-                    if begins:
-                        starts.write(np.int64(num_tokens).tobytes())
-                    token_ids = np.asarray(tokenizer.encode(text), dtype=dtype)
-                    tokens.write(token_ids.tobytes())
-                    num_tokens, begins = num_tokens + len(token_ids), ends
-                    bar.update(len(text.encode()))
+                for pieces in _batches(_documents(corpus.parts(), document_end)):
+                    encoded = tokenizer.encode_all([text for text, _ in pieces])
+                    for (text, ends), token_ids in zip(pieces, encoded, strict=True):
+                        if begins:
+                            starts.write(np.int64(num_tokens).tobytes())
+                        tokens.write(np.asarray(token_ids, dtype=dtype).tobytes())
+                        num_tokens, begins = num_tokens + len(token_ids), ends
+                        bar.update(len(text.encode()))
             for written, path in zip(unfinished, paths, strict=True):  # the tokens last: where they are, all is
                 os.replace(written, path)
         finally:
@@ -155,6 +157,19 @@ def _documents(parts: Iterator[str], document_end: str) -> Iterator[tuple[str, b
         yield from ((text + document_end, True) for text in whole)
     if rest:
         yield rest, True
+
+
+def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= _PARTS * _PART:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def split(token_ids: np.ndarray, validation_fraction: float, seqlen: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,6 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-
 _PATIENCE = datetime.timedelta(days=2)  # NCCL's own ten minutes are less than a large text takes to be tokenised
 
 

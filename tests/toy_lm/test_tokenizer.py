@@ -97,3 +97,14 @@ def test_bad_input_is_named(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="lacks some of the 256 bytes"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_many_texts_are_encoded_as_each_by_itself(kind):
+    tokenizer = (
+        Tokenizer.train_bpe("the quick brown foxes\n" * 9, 280) if kind == "bpe" else Tokenizer.bytes_tokenizer()
+    )
+    texts = ["the quick", "", " brown 🦊 foxes\n\n", "\n"] * 5
+    assert tokenizer.encode_all(texts) == [tokenizer.encode(text) for text in texts]
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        tokenizer.encode_all(["fine", "\ud800"])

@@ -1,0 +1,108 @@
+"""Fused against classic attention inside training, as the context grows: tokens per second and peak memory.
+
+    toy-lm bench contexts                                   the preset `small`, contexts 1024 to 16384: for a GPU
+    toy-lm bench contexts --preset sample --contexts 64 256 1024 --tokens 4096
+
+Every step trains on the same number of tokens, cut into as many windows as the context allows; the tokens are random,
+which neither speed nor memory depends on. What does not fit in memory is said to be so.
+
+Knows the training step and the presets; knows nothing of texts or run folders.
+"""
+
+import argparse
+import dataclasses
+import gc
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+import kernels
+from toy_lm import data
+from toy_lm.config import Preset, preset
+from toy_lm.device import pick_device, training_dtype
+from toy_lm.model import Transformer
+from toy_lm.optimizer import Optimizer
+from toy_lm.step import TrainStep
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The job behind `toy-lm bench contexts`."""
+    parser = argparse.ArgumentParser(prog="toy-lm bench contexts", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default="small", help="the model's shape")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--tokens", type=int, default=16384, help="of a step; each context has to divide it")
+    parser.add_argument("--steps", type=int, default=10, help="how many are timed")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile, anew for each context")
+    options = parser.parse_args(arguments)
+    for context in options.contexts:
+        if context < 1 or options.tokens % context:
+            raise ValueError(f"contexts: got {context}, needs divisors of tokens = {options.tokens}")
+    device = pick_device(options.device)
+    print(kernels.load(device).line)
+    print(f"preset {options.preset}, {options.tokens} tokens a step")
+    print(
+        "| context | classic tokens/s | fused tokens/s | faster | classic GiB | fused GiB |\n|---|---|---|---|---|---|"
+    )
+    for context in options.contexts:
+        chosen = _with_context(preset(options.preset), context, options.tokens)
+        classic, fused = (_measure(chosen, name, device, options) for name in ("classic", "fused"))
+        faster = f"{fused[0] / classic[0]:.1f}x" if classic and fused else "-"
+        speeds = " | ".join(f"{x[0]:,.0f}" if x else "out of memory" for x in (classic, fused))
+        sizes = " | ".join(f"{x[1]:.1f}" if x and x[1] else "-" for x in (classic, fused))
+        print(f"| {context} | {speeds} | {faster} | {sizes} |", flush=True)
+
+
+def _with_context(chosen: Preset, context: int, num_tokens: int) -> Preset:
+    return Preset(
+        model=dataclasses.replace(chosen.model, max_seqlen=context),
+        train=dataclasses.replace(
+            chosen.train, batch_size=num_tokens // context, seqlen=context, grad_accumulation=1, eval_context=0
+        ),
+    )
+
+
+def _measure(
+    chosen: Preset, attention: str, device: torch.device, options: argparse.Namespace
+) -> tuple[float, float] | None:
+    """Tokens per second, and GiB of the GPU's memory at the most (0 on a CPU); None if it does not fit."""
+    config = chosen.train
+    token_ids = np.random.default_rng(0).integers(0, chosen.model.vocab_size, 4 * options.tokens + config.seqlen)
+    try:
+        torch.manual_seed(0)
+        model = Transformer(chosen.model, attention).to(device).train()
+        step = TrainStep(
+            model,
+            Optimizer(model, config, device, compile=options.compile),
+            data.Windows(token_ids, config.seqlen, device),
+            config,
+            lambda number: 1e-4,
+            device=device,
+            autocast=training_dtype(device, "auto"),
+            compile=options.compile,
+        )
+        number = 0
+        for _ in range(5):  # on a GPU the fourth is captured
+            step(number)
+            number += 1
+        step.read()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(options.steps):
+            step(number)
+            number += 1
+        step.read()
+        seconds = time.perf_counter() - begin
+        most = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
+        return options.steps * options.tokens / seconds, most
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        step = model = None  # type: ignore[assignment]
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
