@@ -28,7 +28,7 @@ class Request:
     seed: int
     text: str = ""  # what was generated, never half a character
     num_tokens: int = 0  # that were drawn
-    state: str = "waiting"  # then "running"; at last "done" or "cancelled"
+    state: str = "waiting"  # then "running"; at last "done", "cancelled", or "failed": its logits were not finite
 
 
 class Server:
@@ -69,10 +69,7 @@ class Server:
             request.state = "cancelled"
 
     def run(self) -> Iterator[tuple[Request, str]]:
-        """Serve until nothing waits or runs: each request with the piece of text that it just got.
-
-        Raises FloatingPointError if the model's logits are not finite.
-        """
+        """Serve until nothing waits or runs: each request with the piece of text that it just got."""
         with self.lm.decoder(len(self.rows), self.sampling) as decoder:
             try:
                 while self._leave_and_join(decoder):
@@ -87,10 +84,12 @@ class Server:
         running = [(row, *taken) for row, taken in enumerate(self.rows) if taken is not None]
         left = min(request.max_new_tokens - request.num_tokens for _, request, _ in running)
         token_ids = decoder.next(min(left, STEPS_BETWEEN))[0].tolist()
-        self.lm.check(token_ids[row] for row, _, _ in running)
         for row, request, utf8 in running:
             if request.state != "running":
                 continue  # cancelled while the others' pieces were looked at
+            if -1 in token_ids[row]:  # the sampler marks a row of logits that it cannot draw from; the others go on
+                request.state = "failed"
+                continue
             piece = "".join(utf8.decode(token_id) for token_id in token_ids[row])
             request.text += piece
             request.num_tokens += len(token_ids[row])

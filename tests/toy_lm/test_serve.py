@@ -4,8 +4,10 @@ import random
 
 import pytest
 
+import kernels
 import toy_lm
 from tests.toy_lm.conftest import CONTEXT
+from toy_lm import decode
 from toy_lm.generate import LanguageModel
 
 WORDS = ["the", "quick", "brown", "foxes", "jump", "over", "lazy", "dogs", "under", "old", "trees", "ü", "😀"]
@@ -65,6 +67,27 @@ def test_cancelling_disturbs_nobody(lm: LanguageModel):
             assert alone(lm, given).startswith(request.text)
         else:
             assert request.state == "done" and request.text == alone(lm, given)
+
+
+def test_logits_that_are_not_finite_end_one_request_alone(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    wanted = [{"prompt": prompt, "max_new_tokens": 9} for prompt in ("the", "quick", "jump")]
+    expected = [alone(lm, request) for request in wanted]
+    decode_step, steps = kernels.decode_step, iter(range(1000))
+
+    def damaged(*given, **options):
+        logits = decode_step(*given, **options)
+        logits[1] = float("nan") if next(steps) == 6 else logits[1]
+        return logits
+
+    monkeypatch.setattr(decode.kernels, "decode_step", damaged)
+    monkeypatch.setattr(decode, "_STEPS_BEFORE_CAPTURE", 1000)  # a graph would repeat one step
+    server = toy_lm.Server(lm, num_rows=3, **SETTINGS)
+    requests = [server.submit(**request) for request in wanted]
+    for _ in server.run():
+        pass
+    assert [request.state for request in requests] == ["done", "failed", "done"]
+    assert [requests[0].text, requests[2].text] == [expected[0], expected[2]]
+    assert expected[1].startswith(requests[1].text) and requests[1].num_tokens < 9
 
 
 def test_a_loop_that_is_left_can_be_taken_up_by_another(lm: LanguageModel):
