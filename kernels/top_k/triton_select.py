@@ -252,9 +252,9 @@ def tensor_key(x: Tensor) -> tuple:
     return x.dtype, x.shape[0], x.shape[1], x.stride(0), x.data_ptr() % 16, x.device.index
 
 
-def tile_warps(tile: int) -> int:
+def tile_warps(tile: int, per_warp: int = 512) -> int:
     """Warps for a program that holds so many elements."""
-    return min(16, max(1, power_of_2(tile) // 512))
+    return min(16, max(1, power_of_2(tile) // per_warp))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -36,8 +36,8 @@ from kernels.top_k.triton_select import (
 from kernels.top_k.triton_top_p import load_block, rank_cut
 
 MAX_SORTED_WHOLE = 128  # longer rows are selected from first
-SORTED_PER_PROGRAM = 1024  # elements
-SORTED_WARPS = 4
+SORTED_PER_PROGRAM = 256  # elements
+SORTED_WARPS = 1
 
 
 @triton.jit

@@ -40,7 +40,7 @@ TOP_K = {"x": "*fp32", "values": "*fp32", "indices": "*i64", "n": "i32", "k": "i
 FLAGS = {"PER_ROW": 0, "TOP_K": True, "TOP_P": True, "MIN_P": True, "LOGPROBS": True, "SUM_EXP": True, "MASS": True}
 
 LONG = {
-    "LIST": 2048,
+    "LIST": 4096,
     "GROUPS": triton_sample.WEIGH_WARPS,
     "GROUP": triton_sample.GROUP,
     "NUM_CHUNKS": 8,
@@ -55,7 +55,7 @@ KERNELS = [
         triton_sample._sample_tile,
         SAMPLE,
         {"BITS": 16, "TILE": 2048, "GROUP": 32, "NUM_GROUPS": 4096, "NUM_CHUNKS": 32},
-        triton_select.tile_warps(4096),
+        triton_select.tile_warps(4096, triton_sample.PER_GROUPS_WARP),
     ),
     (triton_top_p.find_bracket, SAMPLE, {"NUM_CHUNKS": 32, "SAMPLE": 16384}, 16),
     (triton_sample._find_cut, SAMPLE, {"NUM_CHUNKS": 32, "BLOCK": 1024}, 4),
@@ -63,7 +63,7 @@ KERNELS = [
     (triton_top_p.weigh_groups, SAMPLE, {**LONG, "CUT": False}, triton_sample.WEIGH_WARPS),
     (triton_sample._draw_long, SAMPLE, {**LONG, "CUT": False}, triton_sample.DRAW_WARPS),
     (triton_sample._draw_long, SAMPLE, {**LONG, "CUT": True, "TOP_P": False}, triton_sample.DRAW_WARPS),
-    (triton_top_k._top_k_short, TOP_K, {"BITS": 32, "ROWS": 32, "BLOCK": 32}, 4),
+    (triton_top_k._top_k_short, TOP_K, {"BITS": 32, "ROWS": 8, "BLOCK": 32}, triton_top_k.SORTED_WARPS),
     (
         triton_top_k._top_k_tile,
         TOP_K,

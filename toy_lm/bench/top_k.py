@@ -110,7 +110,7 @@ def sample_like_nanogpt(logits: Tensor, k: int) -> Tensor:
     """Everything below the k-th largest masked, softmax and multinomial over the whole vocabulary."""
     logits = logits / TEMPERATURE
     values, _ = torch.topk(logits, k)
-    masked = logits.masked_fill(logits < values[:, [-1]], float("-inf"))
+    masked = logits.masked_fill(logits < values[:, -1:], float("-inf"))
     return torch.multinomial(torch.softmax(masked.float(), dim=-1), 1)
 
 
