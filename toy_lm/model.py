@@ -170,8 +170,8 @@ class MLP(nn.Module):
 class Dropout(nn.Module):
     """Leaves out a share of a tensor's entries in training and scales up the rest; one random byte decides on each.
 
-    The share is rounded to 1/256. A generator that draws one 32-bit number for each entry costs more than a layer's
-    other element-wise work: 5.96 ms a step of the `shakespeare` preset on an H200, where 5.13 have no dropout.
+    The share is rounded to 1/256. Where torch.compile draws one 32-bit number for each entry, dropout takes 0.83 of the
+    5.96 ms of a step in the shape of the `shakespeare` preset on an H200; this takes about 0.45.
     """
 
     def __init__(self, share: float) -> None:
