@@ -68,7 +68,7 @@ from kernels.top_k.triton_top_p import (
     weigh_groups,
 )
 
-GROUP = 512  # tokens whose weights are added up; at most, as they are bits of 16 for each of 32 threads
+GROUP = 512  # tokens whose weights are added up; not more, as each is one of 16 bits of 32 threads (`weigh_groups`)
 WEIGH_WARPS, DRAW_WARPS = 1, 4
 SAMPLE_PART, MAX_SAMPLE = 8, 16384  # a bracket is found from one token in so many
 LIST_FACTOR, MAX_LIST = 10, 8192  # times the square root of the vocabulary: so many tokens within it can be listed

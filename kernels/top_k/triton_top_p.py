@@ -253,7 +253,7 @@ def weigh_groups(
     listed (batch, LIST + GROUP), logit above token, in any order, and are counted in counts (batch,).
 
     A group is in one warp's registers, 32 neighbours a load, so that little here waits for another warp. Which of a
-    thread's tokens are within the bracket is kept as bits: a few in a thousand are, and only they are read again.
+    thread's tokens are within the bracket is kept as bits: a few in a hundred are, and only they are read again.
     """
     steps = tl.cdiv(num_groups, GROUPS)
     row = (tl.program_id(0) // steps).to(tl.int64)
