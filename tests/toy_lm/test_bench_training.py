@@ -50,7 +50,9 @@ def test_both_run_and_the_race_is_for_nanogpts_loss_unless_told(arguments, tmp_p
     assert names == ["this project, seed 0", "nanoGPT"]
     assert len(re.findall(r"^this project, seed [01] \(.*loss 3.5 after \d+\.\d\d s, step \d+; best", out, re.M)) == 2
     assert re.search(r"^nanoGPT \(\d+ parameters\): .*; 2000 steps in", out, re.MULTILINE)
-    assert re.search(r"^loss 3.5, slowest of 2: \d+\.\d\d s; nanoGPT there after", out, re.MULTILINE)
+    assert re.search(
+        r"^loss 3.5, slowest of 2: \d+\.\d\d s; nanoGPT (there after|does not get there)", out, re.MULTILINE
+    )
 
 
 def test_the_loss_is_the_mean_over_the_whole_validation_text(arguments, capsys):

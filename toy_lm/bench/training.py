@@ -120,7 +120,7 @@ def _this_project(chosen: Preset, windows: data.Windows, device: torch.device, s
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         batch_size=config.batch_size,
         num_steps=config.num_steps,
-        evaluate_every=max(1, config.num_steps // 40),
+        evaluate_every=max(1, config.num_steps // 20),
     )
 
 
@@ -286,9 +286,10 @@ def _compare(races: Sequence[Race], target: float) -> None:
     """Our slowest run beside nanoGPT's, which is the last."""
     *ours, peer = races
     slowest = max(race.at_target for race in ours)
+    there = f"there after {peer.at_target:.2f} s" if math.isfinite(peer.at_target) else "does not get there"
     print(
-        f"loss {target}, slowest of {len(ours)}: {slowest:.2f} s; nanoGPT there after {peer.at_target:.2f} s, "
-        f"at the end of its run after {peer.seconds:.2f} s, {peer.seconds / slowest:.1f} times that",
+        f"loss {target}, slowest of {len(ours)}: {slowest:.2f} s; nanoGPT {there}, its run takes {peer.seconds:.2f} s, "
+        f"{peer.seconds / slowest:.1f} times that",
         flush=True,
     )
 
