@@ -40,7 +40,7 @@ TOP_K = {"x": "*fp32", "values": "*fp32", "indices": "*i64", "n": "i32", "k": "i
 FLAGS = {"PER_ROW": 0, "TOP_K": True, "TOP_P": True, "MIN_P": True, "LOGPROBS": True, "SUM_EXP": True, "MASS": True}
 
 LONG = {
-    "LIST": 4096,
+    "LIST": 2048,
     "GROUPS": triton_sample.WEIGH_WARPS,
     "GROUP": triton_sample.GROUP,
     "NUM_CHUNKS": 8,
