@@ -34,6 +34,7 @@ from torch import Tensor
 
 BLOCK_K = {torch.float32: 64, torch.bfloat16: 1024}  # columns of weights at a time
 BLOCK_T = {torch.float32: 64, torch.bfloat16: 128}  # keys at a time
+PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
 SPLITS = {torch.float32: 1, torch.bfloat16: 4}
 NUM_WARPS = 4
 
@@ -455,9 +456,8 @@ def decode_step(
 ) -> Tensor:
     """See `kernels.decode_step`."""
     num_layers, batch, num_kv_heads, capacity, head_dim = k_cache.shape
-    vocab_size, dim = embedding.shape
-    mlp_dim, num_heads = down.shape[2], o.shape[2] // head_dim
-    alone = batch == 1
+    (vocab_size, dim), dtype = embedding.shape, embedding.dtype
+    mlp_dim, num_heads, alone = down.shape[2], o.shape[2] // head_dim, batch == 1
     unadded = num_heads if alone else 0  # of the heads' parts, for gate_up and down
     x = embedding.new_empty((batch, dim), dtype=torch.float32)
     projected = embedding.new_empty((batch, qkv.shape[1]), dtype=torch.float32)
@@ -469,7 +469,6 @@ def decode_step(
 
     overlap = _can_overlap(embedding.device)
     early = {"OVERLAP": overlap, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
-    dtype = tl.float32 if embedding.dtype == torch.float32 else tl.bfloat16
     block_d, block_dim = triton.next_power_of_2(head_dim), triton.next_power_of_2(dim)
 
     def normalised(norm: Tensor, num_parts: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -483,9 +482,9 @@ def decode_step(
 
     def product(rows: int, columns: int) -> tuple[tuple[int, int], dict]:
         """The grid and the tile of a product with weights of this size."""
-        tile = _tile(batch, embedding.dtype)
-        block_k = min(BLOCK_K[embedding.dtype], triton.next_power_of_2(max(columns, 64)))
-        sizes = {"BATCH": tile, "ROWS": 16, "BLOCK_K": block_k, "SPLITS": SPLITS[embedding.dtype], "DTYPE": dtype}
+        tile = _tile(batch, dtype)
+        block_k = min(BLOCK_K[dtype], triton.next_power_of_2(max(columns, 64)))
+        sizes = {"BATCH": tile, "ROWS": 16, "BLOCK_K": block_k, "SPLITS": SPLITS[dtype], "DTYPE": PRODUCT[dtype]}
         return (triton.cdiv(rows, 16), triton.cdiv(batch, tile)), {**sizes, "num_warps": NUM_WARPS, **early}
 
     _embed[(batch,)](token_ids, embedding, x, dim, BLOCK=block_dim, OVERLAP=overlap)
@@ -498,7 +497,7 @@ def decode_step(
         _attend[(batch, num_heads, triton.cdiv(dim, 64) if alone else 1)](
             projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, o[layer],
             of_o, parts, batch, capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, dim, num_heads, num_kv_heads,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=BLOCK_T[embedding.dtype], BLOCK_N=64, num_warps=NUM_WARPS,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=BLOCK_T[dtype], BLOCK_N=64, num_warps=NUM_WARPS,
             **early,
         )  # fmt: skip
         grid, options = product(2 * mlp_dim, dim)
