@@ -48,8 +48,7 @@ class Checkpoint:
         self, *, attention: str = "fused", device: torch.device | str = "cpu", dropout: float = 0.0
     ) -> Transformer:
         """The model with these weights, in evaluation mode."""
-        with _no_initial_weights():
-            model = Transformer(self.config, attention, dropout)
+        model = Transformer(self.config, attention, dropout)
         shapes = {name: weight.shape for name, weight in model.state_dict().items()}
         if shapes != {name: weight.shape for name, weight in self.weights.items()}:
             differing = sorted(
@@ -60,20 +59,6 @@ class Checkpoint:
             raise ValueError(f"{self.folder / WEIGHTS}: does not fit {CONFIG}, for one in {differing[0]}")
         model.load_state_dict(self.weights)
         return model.to(device).eval()
-
-
-@contextlib.contextmanager
-def _no_initial_weights() -> Iterator[None]:
-    """Modules made here draw no random weights, which would be overwritten: their memory is not even touched."""
-    names = ("normal_", "kaiming_uniform_")
-    initialisers = {name: getattr(torch.nn.init, name) for name in names}
-    for name in names:
-        setattr(torch.nn.init, name, lambda weight, *_, **__: weight)
-    try:
-        yield
-    finally:
-        for name, initialise in initialisers.items():
-            setattr(torch.nn.init, name, initialise)
 
 
 def exists(folder: str | pathlib.Path) -> bool:

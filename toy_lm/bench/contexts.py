@@ -68,41 +68,44 @@ def _measure(
     chosen: Preset, attention: str, device: torch.device, options: argparse.Namespace
 ) -> tuple[float, float] | None:
     """Tokens per second, and GiB of the GPU's memory at the most (0 on a CPU); None if it does not fit."""
+    try:
+        measured = _train(chosen, attention, device, options)
+    except torch.OutOfMemoryError:
+        measured = None
+    gc.collect()  # the model, which nothing holds any more, before the next one comes
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return measured
+
+
+def _train(chosen: Preset, attention: str, device: torch.device, options: argparse.Namespace) -> tuple[float, float]:
     config = chosen.train
     token_ids = np.random.default_rng(0).integers(0, chosen.model.vocab_size, 4 * options.tokens + config.seqlen)
-    try:
-        torch.manual_seed(0)
-        model = Transformer(chosen.model, attention).to(device).train()
-        step = TrainStep(
-            model,
-            Optimizer(model, config, device, compile=options.compile),
-            data.Windows(token_ids, config.seqlen, device),
-            config,
-            lambda number: 1e-4,
-            device=device,
-            autocast=training_dtype(device, "auto"),
-            compile=options.compile,
-        )
-        number = 0
-        for _ in range(5):  # on a GPU the fourth is captured
-            step(number)
-            number += 1
-        step.read()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(options.steps):
-            step(number)
-            number += 1
-        step.read()
-        seconds = time.perf_counter() - begin
-        most = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
-        return options.steps * options.tokens / seconds, most
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        step = model = None  # type: ignore[assignment]
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(0)
+    model = Transformer(chosen.model, attention).to(device).train()
+    step = TrainStep(
+        model,
+        Optimizer(model, config, device, compile=options.compile),
+        data.Windows(token_ids, config.seqlen, device),
+        config,
+        lambda number: 1e-4,
+        device=device,
+        autocast=training_dtype(device, "auto"),
+        compile=options.compile,
+    )
+    number = 0
+    for _ in range(5):  # on a GPU the fourth is captured
+        step(number)
+        number += 1
+    step.read()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(options.steps):
+        step(number)
+        number += 1
+    step.read()
+    seconds = time.perf_counter() - begin
+    most = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
+    return options.steps * options.tokens / seconds, most
