@@ -8,11 +8,12 @@
 //   5. x = x + W_down hidden                      rows of W_down
 // and at the end logits = embedding norm(x).
 //
-// A product holds kRows weight rows against kColumns sequences in registers, so that a weight that was read serves every
-// sequence of the tile. An output is a sum over the inner dimension, lane by lane and then across lanes, in an order that
-// depends on neither the batch nor the number of threads. Weights and caches are fp32 or bf16, widened to fp32 when
-// loaded, and so are int8 weights, whose rows' scales multiply the outputs; everything else is fp32. Where the machine multiplies pairs of bf16 faster (AMX), it does so for bf16 weights,
-// at every batch size, and the sequences are rounded to bf16 for it.
+// A product holds kRows weight rows against kColumns sequences in registers, so that a weight that was read serves
+// every sequence of the tile. An output is a sum over the inner dimension, lane by lane and then across lanes, in an
+// order that depends on neither the batch nor the number of threads. Weights and caches are fp32 or bf16, widened to
+// fp32 when loaded, and so are int8 weights, whose rows' scales multiply the outputs; everything else is fp32. Where
+// the machine multiplies pairs of bf16 faster (AMX), it does so for bf16 weights, at every batch size, and the
+// sequences are rounded to bf16 for it.
 //
 // Knows torch's stable ABI and the vectors of microkernels.h; knows nothing of how it is compiled (load.py).
 
@@ -39,7 +40,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int kLanes = kWidth<float>;
 constexpr int kRows = 4, kColumns = kRegisters >= 32 ? 4 : 2;  // accumulators of a product's tile: kRows x kColumns
-constexpr int64_t kGrain = 1 << 14;  // multiplications that are worth another thread
+constexpr int64_t kGrain = 1 << 14;                            // multiplications that are worth another thread
 
 template <class T>
 const T* data(const Tensor& x) {
@@ -48,7 +49,9 @@ const T* data(const Tensor& x) {
 
 inline float to_float(float x) { return x; }
 inline float to_float(int8_t x) { return x; }
-inline float to_float(BFloat16 x) { return torch::headeronly::BFloat16(x.bits, torch::headeronly::BFloat16::from_bits()); }
+inline float to_float(BFloat16 x) {
+  return torch::headeronly::BFloat16(x.bits, torch::headeronly::BFloat16::from_bits());
+}
 inline void narrow(float x, float* to) { *to = x; }
 inline void narrow(float x, BFloat16* to) { to->bits = torch::headeronly::BFloat16(x).x; }
 
@@ -166,7 +169,8 @@ void multiply_rows(const T* w, int64_t w_stride, const float* x, int64_t batch, 
   }
 }
 
-// use(n, b, value) with value = w[n] . x[b], for the rows n from begin to end of w [rows][size] and all x [batch][size].
+// use(n, b, value) with value = w[n] . x[b], for the rows n from begin to end of w [rows][size] and all x
+// [batch][size].
 template <class T, class F>
 void multiply_range(const T* w, int64_t begin, int64_t end, const float* x, int64_t batch, int64_t size, const F& use) {
   int64_t n = begin;
@@ -194,8 +198,9 @@ void multiply_pairs(const BFloat16* w, int64_t begin, int64_t end, const std::ve
   std::vector<float> products(kPairRows * columns), by_sequence(columns * kPairRows);
   for (int64_t n = begin; n < end; n += kPairRows) {
     const int64_t rows = std::min(kPairRows, end - n);
-    Bf16PairProducts::multiply(rows, columns, size, {w + n * size, size, 1}, reinterpret_cast<const BFloat16*>(pairs.data()),
-                               columns, products.data(), columns, true);
+    Bf16PairProducts::multiply(rows, columns, size, {w + n * size, size, 1},
+                               reinterpret_cast<const BFloat16*>(pairs.data()), columns, products.data(), columns,
+                               true);
     if (batch < kTransposed) {
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t r = 0; r < rows; ++r) use(n + r, b, products[r * columns + b]);
@@ -250,7 +255,8 @@ void multiply(const W* w, int64_t rows, const float* x, int64_t batch, int64_t s
 
 // The same with the matrix of one layer, w [num_layers][rows][size], int8 where it has scales [num_layers][rows].
 template <class T, class F>
-void multiply(const Tensor& w, const OptionalTensor& scale, int64_t layer, const float* x, int64_t batch, const F& use) {
+void multiply(const Tensor& w, const OptionalTensor& scale, int64_t layer, const float* x, int64_t batch,
+              const F& use) {
   const int64_t rows = w.size(1), size = w.size(2), at = layer * rows * size;
   if (!scale.has_value()) return multiply(data<T>(w) + at, rows, x, batch, size, use);
   const float* scales = data<float>(*scale) + layer * rows;
@@ -315,7 +321,8 @@ void attend(const float* q, const T* k, const T* v, int64_t seqlen, int64_t head
   for (int64_t j = 0; j < seqlen; j += kLanes) {
     float lanes[kLanes];
     const int count = int(std::min<int64_t>(kLanes, seqlen - j));
-    for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? p[j + i] - row_max : -std::numeric_limits<float>::infinity();
+    for (int i = 0; i < kLanes; ++i)
+      lanes[i] = i < count ? p[j + i] - row_max : -std::numeric_limits<float>::infinity();
     const Vec<float> weights = exp2(load(lanes));
     row_sum += total(weights);
     store(lanes, weights);
@@ -351,8 +358,8 @@ void attend(const float* q, const T* k, const T* v, int64_t seqlen, int64_t head
 
 // The tensors of the op, and the sizes that follow from them.
 struct Arguments {
-  Tensor token_ids, positions, k_cache, v_cache, embedding, input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down,
-      final_norm, cos, sin;
+  Tensor token_ids, positions, k_cache, v_cache, embedding, input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up,
+      down, final_norm, cos, sin;
   OptionalTensor qkv_scale, o_scale, gate_up_scale, down_scale;
   double norm_eps;
 
@@ -366,7 +373,8 @@ struct Arguments {
   int64_t mlp_dim() const { return down.size(2); }
 };
 
-// Pass 2: norms, rotation, cache and attention, from the projections qkv [batch][rows] to out [batch][heads * head_dim].
+// Pass 2: norms, rotation, cache and attention, from the projections qkv [batch][rows] to out [batch][heads *
+// head_dim].
 template <class T>
 void attention_pass(const Arguments& a, int64_t layer, std::vector<float>& qkv, std::vector<float>& out) {
   const int64_t head_dim = a.head_dim(), kv_heads = a.num_kv_heads(), heads = a.num_heads(), groups = heads / kv_heads;
@@ -394,7 +402,8 @@ void attention_pass(const Arguments& a, int64_t layer, std::vector<float>& qkv, 
         float* q = &qkv[b * rows + head * head_dim];
         norm(q, q_norm, head_dim, a.norm_eps, q);
         rotate(q, cos, sin, head_dim);
-        attend(q, k_cache + cached, v_cache + cached, position + 1, head_dim, p.data(), &out[(b * heads + head) * head_dim]);
+        attend(q, k_cache + cached, v_cache + cached, position + 1, head_dim, p.data(),
+               &out[(b * heads + head) * head_dim]);
       }
     }
   });
@@ -404,7 +413,8 @@ template <class T>
 Tensor run(const Arguments& a) {
   const int64_t batch = a.batch(), dim = a.model_dim(), mlp_dim = a.mlp_dim(), vocab_size = a.embedding.size(0);
   const int64_t attended = a.num_heads() * a.head_dim(), projected = a.qkv.size(1);
-  std::vector<float> x(batch * dim), normed(batch * dim), qkv(batch * projected), out(batch * attended), hidden(batch * mlp_dim);
+  std::vector<float> x(batch * dim), normed(batch * dim), qkv(batch * projected), out(batch * attended),
+      hidden(batch * mlp_dim);
   std::vector<float> gated(batch * 2 * mlp_dim);
   for (int64_t b = 0; b < batch; ++b) {
     const T* row = data<T>(a.embedding) + data<int64_t>(a.token_ids)[b] * dim;
@@ -434,13 +444,13 @@ Tensor run(const Arguments& a) {
   return logits;
 }
 
-Tensor decode_step(Tensor token_ids, Tensor positions, Tensor k_cache, Tensor v_cache, Tensor embedding, Tensor input_norm,
-                   Tensor qkv, Tensor q_norm, Tensor k_norm, Tensor o, Tensor post_norm, Tensor gate_up, Tensor down,
-                   Tensor final_norm, Tensor cos, Tensor sin, OptionalTensor qkv_scale, OptionalTensor o_scale,
-                   OptionalTensor gate_up_scale, OptionalTensor down_scale, double norm_eps) {
-  const Arguments a{token_ids, positions, k_cache, v_cache, embedding, input_norm, qkv, q_norm, k_norm,
-                    o, post_norm, gate_up, down, final_norm, cos, sin, qkv_scale, o_scale, gate_up_scale, down_scale,
-                    norm_eps};
+Tensor decode_step(Tensor token_ids, Tensor positions, Tensor k_cache, Tensor v_cache, Tensor embedding,
+                   Tensor input_norm, Tensor qkv, Tensor q_norm, Tensor k_norm, Tensor o, Tensor post_norm,
+                   Tensor gate_up, Tensor down, Tensor final_norm, Tensor cos, Tensor sin, OptionalTensor qkv_scale,
+                   OptionalTensor o_scale, OptionalTensor gate_up_scale, OptionalTensor down_scale, double norm_eps) {
+  const Arguments a{token_ids, positions, k_cache,   v_cache,   embedding,     input_norm, qkv,
+                    q_norm,    k_norm,    o,         post_norm, gate_up,       down,       final_norm,
+                    cos,       sin,       qkv_scale, o_scale,   gate_up_scale, down_scale, norm_eps};
   for (int64_t b = 0; b < a.batch(); ++b) {
     const int64_t position = data<int32_t>(positions)[b], token = data<int64_t>(token_ids)[b];
     STD_TORCH_CHECK(position >= 0 && position < std::min(a.capacity(), cos.size(0)), "positions: got ", position,
