@@ -1,48 +1,171 @@
-"""Triton kernels launched again, at a fraction of the time on the host.
+"""CUDA ops called again, at a fraction of the time on the host.
 
-Triton looks at every argument of every launch, to see whether the kernel has to be compiled anew: tens of microseconds
-of Python, longer than many kernels take. A launch that differs from an earlier one only in the addresses of its tensors
-needs none of that:
+A launcher written in Python takes tens of microseconds to check, allocate and launch, longer than many kernels take.
+What it does depends on the layout of its arguments alone, so it is watched once and then done again from C++, by
+`launch.cpp`, whenever the op is called with arguments of the same layout:
 
-    if not again(key, tensors):
-        compiled = kernel[grid](*tensors, *scalars, num_warps=..., num_stages=...)
-        remember(key, compiled, grid, scalars)
+    library = Replaying()                      # in place of torch.library.Library("kernels", "IMPL", "CUDA")
+    library.impl("some_op", launcher)
 
-`key` has to tell apart all that the kernel, its grid and its scalars depend on; `layout` is what the tensors add to it.
+    def launcher(x, scale):                    # all that it does to the GPU is
+        out = torch.empty_like(x)              # to allocate memory, zeroed or not, and
+        compiled = kernel[grid](x, out, scale, num_warps=4)
+        launched(compiled, grid, (x, out, scale))   # to launch kernels, each of which it reports
+        return out
 
-Knows no kernel.
+A launcher that does anything else, a copy for example, or a launch it does not report, goes on running in Python:
+nothing has to be declared.
+
+Knows Triton's compiled kernels and no kernel of this project.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import struct
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-MAX_LAUNCHES = 4096  # remembered; more than that, of a program whose shapes never repeat, are forgotten together
-_launches: dict[Hashable, tuple[Callable[..., None], tuple]] = {}
-
-
-def layout(*tensors: Tensor | None) -> tuple:
-    """All that a kernel and its scalar arguments can depend on of these tensors, short of what they hold."""
-    return tuple(
-        None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()) for x in tensors
-    )
+_aten = torch.ops.aten
+_ALLOCATE = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default}
+_ALLOCATE_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
+_VIEW = {_aten.view.default, _aten.detach.default, _aten.select.int, _aten.slice.Tensor, _aten.transpose.int}
+_NUMBER, _ADDRESS, _TENSOR_MAP = range(3)  # launch.cpp's Kind
+_watching = threading.local()
 
 
-def again(key: Hashable, tensors: Sequence[Any]) -> bool:
-    """Launch what was remembered under the key, on these tensors or descriptors of tensors; False if nothing was."""
-    launch = _launches.get(key)
-    if launch is None:
-        return False
-    run, scalars = launch
-    run(*tensors, *scalars)
-    return True
+class Replaying:
+    """Registers CUDA kernels of this project's ops, which are replayed from C++ once they have been watched.
+
+    An op X_forward gets its derivative from C++ too, by the op X_backward. Needs `launch.cpp` to be loaded.
+    """
+
+    def __init__(self) -> None:
+        self.library = torch.library.Library("kernels", "FRAGMENT")
+
+    def impl(self, name: str, launcher: Callable[..., Any]) -> None:
+        """Register the launcher as `name`'s kernel."""
+
+        def in_python(*arguments_and_watch: Any) -> Any:
+            *arguments, watch = arguments_and_watch
+            return Watch(arguments).run(launcher) if watch else launcher(*arguments)
+
+        schema = str(getattr(torch.ops.kernels, name).default._schema)
+        arguments, returns = schema.removeprefix(f"kernels::{name}(").split(") -> ")
+        self.library.define(f"{name}_in_python({arguments}, bool watch) -> {returns}")
+        self.library.impl(f"{name}_in_python", in_python, "CUDA")
+        torch.ops.kernels.replay(name, f"{name}_in_python")
+        if name.endswith("_backward"):
+            torch.ops.kernels.differentiate(f"{name.removesuffix('backward')}forward", name)
 
 
-def remember(key: Hashable, compiled: Any, grid: tuple[int, ...], scalars: tuple) -> None:
-    """Keep what a kernel's launch returned, with all its arguments, in order, that are not tensors."""
-    if compiled is None:  # from Triton's interpreter
-        return
-    if len(_launches) >= MAX_LAUNCHES:
-        _launches.clear()
-    _launches[key] = (compiled[(*grid, 1, 1)[:3]], scalars)
+class Watch(TorchDispatchMode):
+    """What a launcher does with its arguments: the memory it asks for and the kernels it launches on it."""
+
+    def __init__(self, arguments: Sequence[Any]):
+        super().__init__()
+        self.slots: list[Any] = list(arguments)  # the allocations follow
+        self.num_arguments = len(arguments)
+        self.zeroed: list[int] = []
+        self.launches: list[list[int]] = []  # that were reported
+        self.num_launches = 0
+        self.understood = True
+
+    def run(self, launcher: Callable[..., Any]) -> Any:
+        """launcher(*arguments), and hand over to C++ what it did if that can be done again."""
+        _watching.watch = self
+        triton.knobs.runtime.launch_enter_hook.add(_count)
+        try:
+            with self:
+                results = launcher(*self.slots)
+        finally:
+            triton.knobs.runtime.launch_enter_hook.remove(_count)
+            _watching.watch = None
+        self.understood &= self.num_launches == len(self.launches)
+        outputs = [self._slot(x) for x in (results if isinstance(results, tuple) else (results,))]
+        if self.understood and all(slot >= self.num_arguments and offset == 0 for slot, offset in outputs):
+            numbers = [len(self.launches), *(number for launch in self.launches for number in launch)]
+            indices = [slot - self.num_arguments for slot, _ in outputs]
+            torch.ops.kernels.record_plan(self.slots[self.num_arguments :], self.zeroed, indices, numbers)
+        return results
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATE or func in _ALLOCATE_ZEROS:
+            if func in _ALLOCATE_ZEROS:
+                self.zeroed.append(len(self.slots) - self.num_arguments)
+            self.slots.append(result)
+        elif func not in _VIEW:
+            self.understood = False
+        return result
+
+    def launch(self, compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> None:
+        metadata = compiled.metadata
+        plain = metadata.num_ctas == 1 and not metadata.launch_cooperative_grid
+        if not plain or metadata.global_scratch_size or metadata.profile_scratch_size:
+            self.understood = False
+            return
+        types = list(compiled.src.signature.values())
+        maps = iter(metadata.tensordesc_meta or ())
+        parameters = [
+            parameter
+            for type_, value in zip(types, values, strict=True)
+            if type_ != "constexpr"
+            for parameter in self._parameters(type_, value, maps)
+        ]
+        sizes = (*grid, 1, 1)[:3]
+        header = [compiled.function, *sizes, 32 * metadata.num_warps, metadata.shared, int(metadata.launch_pdl)]
+        numbers = [number for parameter in parameters for number in parameter]
+        self.launches.append([*header, len(parameters), *numbers])
+
+    def _parameters(self, type_: str, value: Any, maps: Any) -> list[list[int]]:
+        """The numbers of the parameter, or parameters, that one argument of a kernel becomes."""
+        if type_.startswith("*"):
+            return [[_ADDRESS, *self._slot(value)]]
+        if type_.startswith("tensordesc"):
+            slot, offset = self._slot(value.base)
+            meta = next(maps)
+            host_types = {8: 10, 9: 8, 10: 9}  # of an element, where Triton and CUDA's driver count differently
+            element = [host_types.get(meta["elem_type"], meta["elem_type"]), meta["swizzle"], meta["elem_size"]]
+            shape, strides = list(value.shape), list(value.strides)
+            view = [_TENSOR_MAP, slot, offset, *element, len(shape), *meta["block_size"], *shape, *strides]
+            return [view, *([_NUMBER, number] for number in shape + strides)]
+        if type_ in ("fp32", "f32"):
+            return [[_NUMBER, int.from_bytes(struct.pack("<f", value), "little")]]
+        if type_[0] in "iu":
+            return [[_NUMBER, int(value)]]
+        self.understood = False
+        return []
+
+    def _slot(self, x: Any) -> tuple[int, int]:
+        """Where a tensor lies: the index of an argument or an allocation, and bytes from its first element."""
+        for slot, candidate in enumerate(self.slots):
+            if x is candidate:
+                return slot, 0
+        owners = [
+            slot
+            for slot, candidate in enumerate(self.slots)
+            if isinstance(x, Tensor)
+            and isinstance(candidate, Tensor)
+            and x.untyped_storage().data_ptr() == candidate.untyped_storage().data_ptr()
+        ]
+        if len(owners) != 1:  # memory from elsewhere, or arguments that share theirs today
+            self.understood = False
+            return -1, 0
+        return owners[0], x.data_ptr() - self.slots[owners[0]].data_ptr()
+
+
+def _count(_metadata: object) -> None:
+    watch = getattr(_watching, "watch", None)
+    if watch is not None:
+        watch.num_launches += 1
+
+
+def launched(compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> None:
+    """Report a launch: what `kernel[grid](*values, ...)` returned, its grid, and all its arguments in order."""
+    watch = getattr(_watching, "watch", None)
+    if watch is not None:
+        watch.launch(compiled, grid, values)

@@ -6,6 +6,8 @@ A device is bound once per process, by `load(device)` or by the first call of an
            kernels with torch itself (`STABLE_TORCH_LIBRARY_IMPL`). The shared objects are cached, so that the
            compiler runs once per source, compiler, flags and torch release.
     cuda   the Triton launchers are imported and registered. Triton compiles a kernel at its first launch and caches it.
+           `launch.cpp`, compiled as the above, spares later calls the launchers' Python; where it cannot be compiled, a
+           line says so and launchers stay in Python.
 
 Where a compiler (or Triton) is missing, one visible line says so and the reference implementations are bound.
 `TOY_LM_KERNELS=fused` makes that an error; `TOY_LM_KERNELS=reference` asks for the references.
@@ -72,7 +74,7 @@ class Binding:
 
 _bindings: dict[str, Binding] = {}
 _lock = threading.RLock()
-_references: list[torch.library.Library] = []  # a torch.library.Library unregisters its kernels when it is collected
+_references: list[object] = []  # a torch.library.Library unregisters its kernels when it is collected
 
 
 def load(device: str | torch.device) -> Binding:
@@ -136,13 +138,29 @@ def _bind_cuda() -> str:
     except ImportError as error:
         raise ImportError(f"{error}; install Triton (pip install 'triton>=3.6,<3.8')") from error
 
+    from kernels.launch import Replaying
+
+    how = "launched from C++"
+    try:
+        torch.ops.load_library(build_launch()[0])
+    except BuildError as error:
+        warnings.warn(f"cuda: kernels will be launched from Python (slower), because: {error}", stacklevel=5)
+        how = "launched from Python"
+    library = Replaying() if how == "launched from C++" else torch.library.Library("kernels", "IMPL", "CUDA")
+    _references.append(library)
     for folder in OP_FOLDERS:
-        library = torch.library.Library("kernels", "IMPL", "CUDA")
         importlib.import_module(f"kernels.{folder}.op").bind_cuda(library)
-        _references.append(library)
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
-    return f"cuda: Triton {triton.__version__} kernels for {name} (sm_{major}{minor})"
+    return f"cuda: Triton {triton.__version__} kernels for {name} (sm_{major}{minor}), {how}"
+
+
+def build_launch() -> list[pathlib.Path]:
+    """`build` launch.cpp, on torch's own classes, not its stable ABI; Triton brings CUDA's header."""
+    import triton
+
+    cuda = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    return build([HERE / "launch.cpp"], extra_flags=("-UTORCH_TARGET_VERSION", "-O1", f"-isystem{cuda}"))
 
 
 def _bind_cpu() -> str:
@@ -172,19 +190,22 @@ def compiler() -> str:
     raise BuildError(f"no C++ compiler found (looked for {', '.join(candidates)}); {mend}")
 
 
-def build(sources: list[pathlib.Path], capability: str = "native") -> list[pathlib.Path]:
+def build(
+    sources: list[pathlib.Path], capability: str = "native", extra_flags: tuple[str, ...] = ()
+) -> list[pathlib.Path]:
     """Compile each source into a shared library of its own, all at once, and return the libraries in the same order.
 
     What is in the cache is not compiled again. Raises BuildError with the compiler's own words if a source fails.
     """
     cxx = compiler()
+    flags = _flags(capability) + extra_flags
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        targets = [folder / f"{source.parent.name}_{_fingerprint(source, cxx, capability)}.so" for source in sources]
+        targets = [folder / f"{source.parent.name}_{_fingerprint(source, cxx, flags)}.so" for source in sources]
         with _exclusive(folder / "lock"):
             missing = [(s, t) for s, t in zip(sources, targets, strict=True) if not t.exists()]
-            commands = [_compile_command(cxx, s, t, capability) for s, t in missing]
+            commands = [_compile_command(cxx, s, t, flags) for s, t in missing]
             jobs = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
             outputs = [job.communicate()[0] for job in jobs]
             for (_, target), command, job, output in zip(missing, commands, jobs, outputs, strict=True):
@@ -202,11 +223,11 @@ def _unfinished(target: pathlib.Path) -> pathlib.Path:
     return target.with_suffix(f".{os.getpid()}.tmp")
 
 
-def _fingerprint(source: pathlib.Path, cxx: str, capability: str) -> str:
+def _fingerprint(source: pathlib.Path, cxx: str, flags: tuple[str, ...]) -> str:
     """Sixteen hex digits of everything that decides what the library holds."""
     digest = hashlib.sha256()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
-    for part in (torch.__version__, version, _flags(capability), _cpu_model()):
+    for part in (torch.__version__, version, flags, _cpu_model()):
         digest.update(repr(part).encode())
     for file in [source, *sorted(HERE.rglob("*.h"))]:
         digest.update(file.read_bytes())
@@ -226,13 +247,13 @@ def _flags(capability: str) -> tuple[str, ...]:
     return _CXX_FLAGS + _CAPABILITY_FLAGS[capability]
 
 
-def _compile_command(cxx: str, source: pathlib.Path, target: pathlib.Path, capability: str) -> list[str]:
+def _compile_command(cxx: str, source: pathlib.Path, target: pathlib.Path, flags: tuple[str, ...]) -> list[str]:
     torch_folder = pathlib.Path(torch.__file__).parent
     include = torch_folder / "include"
     libraries = ("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-ltorch", "-lc10")
     command = [
         cxx,
-        *_flags(capability),
+        *flags,
         f"-I{HERE}",
         f"-isystem{include}",
         str(source),

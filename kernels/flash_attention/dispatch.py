@@ -8,10 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from kernels.flash_attention import tiles, triton_backward, triton_forward
-from kernels.launch import layout
-
-MAX_REASONS = 4096  # remembered
-_reasons: dict[tuple, str | None] = {}  # by layout and options
 
 varlen_forward = triton_forward.varlen_forward
 varlen_backward = triton_backward.varlen_backward
@@ -39,15 +35,6 @@ def backward(
 
 def why_not_hopper(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
     """Why these arguments do not get the Hopper kernels, in a few words; None if they do."""
-    key = (layout(q, k, v), options)
-    if key not in _reasons:  # finding out takes as long as a launch
-        if len(_reasons) >= MAX_REASONS:
-            _reasons.clear()
-        _reasons[key] = _find_reason(q, k, v, *options)
-    return _reasons[key]
-
-
-def _find_reason(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
     if tiles.card(q.device) != "hopper":
         return "needs compute capability 9.0"
     from kernels.flash_attention import gluon_forward

@@ -66,7 +66,7 @@ from kernels.flash_attention.hopper import (
     new_tile_ring,
     refusal,
 )
-from kernels.launch import again, layout, remember
+from kernels.launch import launched
 
 BLOCK_N = gl.constexpr(128)  # keys of one program: 64 for each of two consumers
 ROW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
@@ -564,53 +564,47 @@ def launch(
     rows = torch.empty(num_pairs * num_m_blocks * 2 * tile.block_m, dtype=torch.float32, device=q.device)
     dq_sum = torch.empty(num_pairs, num_m_blocks * tile.block_m, head_dim, dtype=torch.float32, device=q.device)
     turn = torch.zeros(num_pairs, num_m_blocks, dtype=torch.int32, device=q.device)
-    key = (tile, softmax_scale, causal, layout(q, k, v, out, dout, lse, dlse))
     queries = seqlen_q * head_dim * (num_heads // num_kv_heads)  # elements of Q that one program walks over
     heads_per_group = min(batch_size * num_kv_heads, max(1, MAX_IN_USE[causal] // queries))
 
-    def run(kernel: Any, grid: tuple[int, ...], tensors: tuple, scalars: tuple) -> None:
-        if not again((kernel.__name__, key), tensors):
-            # Four warps are one warpgroup: the others are added by gl.warp_specialize.
-            remember((kernel.__name__, key), kernel[grid](*tensors, *scalars, num_warps=4), grid, scalars)
+    def run(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
+        # Four warps are one warpgroup: the others are added by gl.warp_specialize.
+        launched(kernel[grid](*arguments, num_warps=4), grid, arguments)
 
     run(
         prepare_kernel,
         (num_m_blocks, num_pairs),
-        (out, dout, lse, lse if dlse is None else dlse, rows),
-        (*out.stride()[:3], *dout.stride()[:3], num_heads, seqlen_q, dlse is not None, tile.block_m, head_dim),
+        *(out, dout, lse, lse if dlse is None else dlse, rows),
+        *(*out.stride()[:3], *dout.stride()[:3], num_heads, seqlen_q, dlse is not None, tile.block_m, head_dim),
     )
     run(
         backward_kernel,
         (num_n_blocks * batch_size * num_kv_heads,),
-        (
-            describe(q, tile.block_m),
-            describe(k, ROWS.value),
-            describe(v, ROWS.value),
-            describe(dout, tile.block_m),
-            descriptor(rows, [2 * tile.block_m], ROW_LAYOUT),
-            descriptor(dq_sum, [1, ROWS.value, 64], SQUARE_LAYOUT),
-            describe(dk, ROWS.value),
-            describe(dv, ROWS.value),
-            turn,
-        ),
-        (
-            softmax_scale,
-            num_n_blocks,
-            num_m_blocks,
-            batch_size * num_kv_heads,
-            num_kv_heads,
-            num_heads // num_kv_heads,
-            heads_per_group,
-            seqlen_q,
-            seqlen_k,
-            tile.stages,
-            causal,
-            tile.registers,
-        ),
+        describe(q, tile.block_m),
+        describe(k, ROWS.value),
+        describe(v, ROWS.value),
+        describe(dout, tile.block_m),
+        descriptor(rows, [2 * tile.block_m], ROW_LAYOUT),
+        descriptor(dq_sum, [1, ROWS.value, 64], SQUARE_LAYOUT),
+        describe(dk, ROWS.value),
+        describe(dv, ROWS.value),
+        turn,
+        softmax_scale,
+        num_n_blocks,
+        num_m_blocks,
+        batch_size * num_kv_heads,
+        num_kv_heads,
+        num_heads // num_kv_heads,
+        heads_per_group,
+        seqlen_q,
+        seqlen_k,
+        tile.stages,
+        causal,
+        tile.registers,
     )
     run(
         finish_kernel,
         (num_m_blocks, num_pairs),
-        (dq_sum, dq),
-        (softmax_scale, *dq.stride()[:3], num_heads, seqlen_q, seqlen_k, causal, tile.block_m, head_dim),
+        *(dq_sum, dq),
+        *(softmax_scale, *dq.stride()[:3], num_heads, seqlen_q, seqlen_k, causal, tile.block_m, head_dim),
     )

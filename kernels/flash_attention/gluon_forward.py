@@ -54,7 +54,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.flash_attention.hopper import LOG2_E, ROWS, describe, new_tile_ring, refusal
-from kernels.launch import again, layout, remember
+from kernels.launch import launched
 
 LN_2 = gl.constexpr(0.6931471805599453)
 PRODUCER_REGISTERS = gl.constexpr(24)
@@ -399,11 +399,7 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, causal: bool, tile: Tile
 ) -> None:
     """Run `forward_kernel` with a given tile."""
-    key = ("Hopper forward", tile, softmax_scale, causal, layout(q, k, v, out))
     rows = ROWS.value
-    tensors = (describe(q, rows), describe(k, tile.block_n), describe(v, tile.block_n), describe(out, rows), lse)
-    if again(key, tensors):
-        return
     batch_size, num_heads, seqlen_q, _ = q.shape
     num_kv_heads, seqlen_k = k.shape[1:3]
     num_m_blocks = triton.cdiv(seqlen_q, tile.consumers * rows)
@@ -411,7 +407,12 @@ def launch(
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     programs = min(num_m_blocks * num_pairs, processors)
     heads_per_group = min(num_pairs, programs // math.gcd(programs, num_m_blocks))  # a group takes whole rounds
-    scalars = (
+    arguments = (
+        describe(q, rows),
+        describe(k, tile.block_n),
+        describe(v, tile.block_n),
+        describe(out, rows),
+        lse,
         softmax_scale * LOG2_E.value,
         num_heads,
         num_heads // num_kv_heads,
@@ -426,4 +427,4 @@ def launch(
         tile.registers,
     )
     # Four warps are one warpgroup: the others are added by gl.warp_specialize.
-    remember(key, forward_kernel[(programs,)](*tensors, *scalars, num_warps=4), (programs,), scalars)
+    launched(forward_kernel[(programs,)](*arguments, num_warps=4), (programs,), arguments)

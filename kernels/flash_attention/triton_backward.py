@@ -47,7 +47,7 @@ from kernels.flash_attention.triton_forward import (
     tanh,
     visible_blocks,
 )
-from kernels.launch import again, layout, remember
+from kernels.launch import launched
 
 
 @triton.jit
@@ -363,22 +363,20 @@ def launch_dq(
 ) -> None:
     """Write dq and delta, with the tile of the table or with a given one; dlse and delta are laid out as lse."""
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = sequences
-    tensors = (q, k, v, out, dout, lse, dlse, dq, delta, cu_seqlens_q, cu_seqlens_k)
-    key = (BACKWARD_DQ, tile, seqlen_q, seqlen_k, options, layout(*tensors))
     num_pairs = count_sequences(q, cu_seqlens_q) * q.shape[1]
-    if num_pairs * seqlen_q == 0 or again(key, tensors):
+    if num_pairs * seqlen_q == 0:
         return
     numbers, (causal, window, capped, _, varlen) = kernel_options(q.shape[-1], sequences, options)
-    scalars = (
+    arguments = (
+        q, k, v, out, dout, lse, dlse, dq, delta, cu_seqlens_q, cu_seqlens_k,
         *strides(q), *strides(k), *strides(v), *strides(out), *strides(dout), *strides(dq), *lse_strides(lse),
         q.shape[1], q.shape[1] // k.shape[1], seqlen_q, seqlen_k, *numbers,
     )  # fmt: skip
 
     def run(tile: Tile) -> None:
         grid = (triton.cdiv(seqlen_q, tile.block_m) * num_pairs,)
-        others = (*scalars, tile.block_m, tile.block_n, causal, window, capped, varlen)
-        compiled = dq_kernel[grid](*tensors, *others, num_warps=tile.warps, num_stages=tile.stages)
-        remember(key, compiled, grid, others)
+        values = (*arguments, tile.block_m, tile.block_n, causal, window, capped, varlen)
+        launched(dq_kernel[grid](*values, num_warps=tile.warps, num_stages=tile.stages), grid, values)
 
     launch_with_fitting_tile(run, BACKWARD_DQ, q, causal, tile)
 
@@ -398,21 +396,19 @@ def launch_dkdv(
 ) -> None:
     """Write dk and dv, once delta is there."""
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = sequences
-    tensors = (q, k, v, dout, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k)
-    key = (BACKWARD_DKDV, tile, seqlen_q, seqlen_k, options, layout(*tensors))
     num_pairs = count_sequences(q, cu_seqlens_q) * k.shape[1]
-    if num_pairs * seqlen_k == 0 or again(key, tensors):
+    if num_pairs * seqlen_k == 0:
         return
     numbers, (causal, window, capped, _, varlen) = kernel_options(q.shape[-1], sequences, options)
-    scalars = (
+    arguments = (
+        q, k, v, dout, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k,
         *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv), *lse_strides(lse),
         k.shape[1], q.shape[1] // k.shape[1], seqlen_q, seqlen_k, *numbers,
     )  # fmt: skip
 
     def run(tile: Tile) -> None:
         grid = (triton.cdiv(seqlen_k, tile.block_n) * num_pairs,)
-        others = (*scalars, tile.block_m, tile.block_n, causal, window, capped, varlen)
-        compiled = dkdv_kernel[grid](*tensors, *others, num_warps=tile.warps, num_stages=tile.stages)
-        remember(key, compiled, grid, others)
+        values = (*arguments, tile.block_m, tile.block_n, causal, window, capped, varlen)
+        launched(dkdv_kernel[grid](*values, num_warps=tile.warps, num_stages=tile.stages), grid, values)
 
     launch_with_fitting_tile(run, BACKWARD_DKDV, q, causal, tile)

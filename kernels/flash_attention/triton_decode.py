@@ -32,7 +32,7 @@ from kernels.flash_attention.triton_forward import (
     padded,
     strides,
 )
-from kernels.launch import again, layout, remember
+from kernels.launch import launched
 
 MAX_ROWS = 64  # of one program's tile
 MAX_SPLITS = 128
@@ -182,37 +182,33 @@ def launch(
         target = torch.empty((*q.shape[:3], num_splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((*q.shape[:3], num_splits), dtype=torch.float32, device=q.device)
     options = (softmax_scale, True, window_size, softcap)
-    tensors = (q, k_cache, v_cache, cache_seqlens, target, lse)
-    key = (DECODE, tile, num_splits, options, layout(*tensors, out))
 
     def run(tile: Tile) -> None:
         sequences = (None, None, seqlen_q, capacity)
         numbers, (_, window, capped, scale_first, _) = kernel_options(head_dim, sequences, options)
         grid = (num_splits * num_tiles,)
-        scalars = (
+        values = (
+            q, k_cache, v_cache, cache_seqlens, target, lse,
             *strides(q), *strides(k_cache), *strides(v_cache), *strides(out),
             num_kv_heads, heads_per_kv_head, seqlen_q, num_splits, *numbers, block_m, tile.block_n,
             window, capped, scale_first, num_splits > 1,
         )  # fmt: skip
-        compiled = decode_kernel[grid](*tensors, *scalars, num_warps=tile.warps, num_stages=tile.stages)
-        remember(key, compiled, grid, scalars)
+        launched(decode_kernel[grid](*values, num_warps=tile.warps, num_stages=tile.stages), grid, values)
 
-    if not again(key, tensors):
-        launch_with_fitting_tile(run, DECODE, q, True, tile)
+    launch_with_fitting_tile(run, DECODE, q, True, tile)
     if lse is not None:
-        combine(target, lse, out, key)
+        combine(target, lse, out)
 
 
-def combine(partial_out: Tensor, lse: Tensor, out: Tensor, key: tuple) -> None:
-    """Run `combine_kernel` on what `decode_kernel`, launched under the key, left behind."""
-    tensors, key = (partial_out, lse, out), ("combine", key)
-    if again(key, tensors):
-        return
+def combine(partial_out: Tensor, lse: Tensor, out: Tensor) -> None:
+    """Run `combine_kernel` on what `decode_kernel` left behind."""
     num_heads, seqlen_q, num_splits, head_dim = partial_out.shape[1:]
     block_s = triton.next_power_of_2(num_splits)
     grid = (out.shape[0] * num_heads * seqlen_q,)
-    scalars = (*strides(out), num_heads, seqlen_q, num_splits, head_dim, padded(head_dim), block_s)
-    remember(key, combine_kernel[grid](*tensors, *scalars), grid, scalars)
+    values = (
+        partial_out, lse, out, *strides(out), num_heads, seqlen_q, num_splits, head_dim, padded(head_dim), block_s,
+    )  # fmt: skip
+    launched(combine_kernel[grid](*values), grid, values)
 
 
 def count_splits(num_tiles: int, capacity: int, device: torch.device) -> int:

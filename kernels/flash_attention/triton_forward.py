@@ -35,7 +35,7 @@ from torch import Tensor
 
 from kernels.flash_attention.op import NO_WINDOW
 from kernels.flash_attention.tiles import FORWARD, Tile, launch_with_fitting_tile
-from kernels.launch import again, layout, remember
+from kernels.launch import launched
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -307,22 +307,20 @@ def launch(
 ) -> None:
     """Write out and lse, with the tile of the table or with a given one."""
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = sequences
-    tensors = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
-    key = (FORWARD, tile, seqlen_q, seqlen_k, options, layout(*tensors))
     num_pairs = count_sequences(q, cu_seqlens_q) * q.shape[1]
-    if num_pairs * seqlen_q == 0 or again(key, tensors):
+    if num_pairs * seqlen_q == 0:
         return
     numbers, flags = kernel_options(q.shape[-1], sequences, options)
-    scalars = (
+    arguments = (
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
         *strides(q), *strides(k), *strides(v), *strides(out), *lse_strides(lse),
         q.shape[1], q.shape[1] // k.shape[1], seqlen_q, seqlen_k, *numbers,
     )  # fmt: skip
 
     def run(tile: Tile) -> None:
         grid = (triton.cdiv(seqlen_q, tile.block_m) * num_pairs,)
-        others = (*scalars, tile.block_m, tile.block_n, *flags)
-        compiled = forward_kernel[grid](*tensors, *others, num_warps=tile.warps, num_stages=tile.stages)
-        remember(key, compiled, grid, others)
+        values = (*arguments, tile.block_m, tile.block_n, *flags)
+        launched(forward_kernel[grid](*values, num_warps=tile.warps, num_stages=tile.stages), grid, values)
 
     launch_with_fitting_tile(run, FORWARD, q, flags[0], tile)
 

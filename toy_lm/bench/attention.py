@@ -1,8 +1,8 @@
 """Attention beside its peers on one GPU, in one process: tables, attention.json, attention.png.
 
     ours     kernels.flash_attention and kernels.decode_attention
-    peers    classic (kernels.classic_attention), and what torch has: FlashAttention-2 and cuDNN through SDPA,
-             FlexAttention; FlashAttention-4 where it is installed
+    peers    classic (kernels.classic_attention), and what torch has: FlashAttention-2 and cuDNN through SDPA, the one
+             SDPA chooses itself (in the table of small sizes), FlexAttention; FlashAttention-4 where it is installed
 
 Four tables. The grid of the FlashAttention papers: batch x seqlen = 16384 tokens, num_heads x head_dim = 2048, forward
 and backward, in TFLOP/s. Sizes that small models train at: forward and backward together, in microseconds, called
@@ -45,7 +45,7 @@ DECODE_SIZES = (  # batch, num_heads, num_kv_heads, cache length, head_dim
 MEMORY_SEQLENS = (4096, 16384, 65536)  # batch 1, 8 heads of head_dim 128
 TABLES = ("grid", "small", "decode", "memory")
 OURS = "ours"
-PEERS = ("classic", "FA-2", "cuDNN", "Flex", "FA-4")
+PEERS = ("classic", "FA-2", "cuDNN", "SDPA", "Flex", "FA-4")
 CLASSIC_MAX_SEQLEN = 4096  # its scores fill the memory of a GPU soon after
 Attention = Callable[..., Any]  # (q, k, v) -> out
 
@@ -131,6 +131,8 @@ def implementations(names: Sequence[str], causal: bool, seqlen: int) -> dict[str
     for name, backend in (("FA-2", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
         if name in names:
             found[name] = functools.partial(_sdpa, backend, causal)
+    if "SDPA" in names:
+        found["SDPA"] = functools.partial(F.scaled_dot_product_attention, is_causal=causal)
     if "Flex" in names:
         found["Flex"] = _flex_attention(causal, seqlen)
     if "FA-4" in names:
@@ -173,6 +175,7 @@ def _inputs(name: str, batch: int, num_heads: int, seqlen: int, head_dim: int) -
 
 def grid(peers: Sequence[str], seqlens: Sequence[int], measure: Callable[..., float]):
     """Forward and backward at the papers' sizes; yields cells."""
+    peers = [name for name in peers if name != "SDPA"]  # chooses one of the others
     for head_dim in HEAD_DIMS:
         for causal in (False, True):
             for seqlen in seqlens:
@@ -253,7 +256,7 @@ def memory(peers: Sequence[str]):
     """Peak memory of forward and backward, causal, beyond what the inputs take; yields cells."""
     for seqlen in MEMORY_SEQLENS:
         values = {}
-        for name, attention in implementations(peers, True, CLASSIC_MAX_SEQLEN).items():
+        for name, attention in implementations([x for x in peers if x != "SDPA"], True, CLASSIC_MAX_SEQLEN).items():
             inputs, dout = _inputs(name, 1, 8, seqlen, 128)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
