@@ -4,7 +4,7 @@
 //   plan        memory to allocate (what the op returns, and what its kernels need meanwhile), kernels to launch
 //   key         all that a plan may depend on: of each tensor its shape, strides, dtype, device and alignment, and
 //               whether it is an earlier argument again; every other argument as it is
-//   parameter   a number; or the address of an argument or allocation; or TMA's view of one
+//   parameter   a number, of the plan or an argument; or the address of an argument or allocation; or TMA's view of one
 //
 // Also the derivatives of attention, which are op.py's: what autograd does in Python takes as long as a small kernel.
 //
@@ -22,6 +22,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -72,12 +73,12 @@ CUtensorMap encode(const TensorMap& map, char* address) {
   return encoded;
 }
 
-enum class Kind : int64_t { kNumber, kAddress, kTensorMap };
+enum class Kind : int64_t { kNumber, kAddress, kTensorMap, kArgument };
 
 struct Parameter {
   Kind kind;
   int64_t number;  // kNumber: its bits
-  int64_t slot;    // of the argument with this index, or of allocation slot - number of arguments
+  int64_t slot;    // the argument with this index (kArgument: a number), or allocation slot - number of arguments
   int64_t offset;  // in bytes, from the tensor's first element
   TensorMap map;
 };
@@ -116,7 +117,7 @@ void launch(const Launch& launch, at::ArrayRef<char*> addresses, CUstream stream
       pointers[i] = const_cast<int64_t*>(&parameter.number);
       continue;
     }
-    values[i] = addresses[parameter.slot] + parameter.offset;
+    values[i] = addresses[parameter.slot] + parameter.offset;  // kArgument: the number itself
     pointers[i] = &values[i];
     if (parameter.kind == Kind::kTensorMap) {
       maps.push_back(encode(parameter.map, values[i]));
@@ -145,6 +146,7 @@ void replay(const Plan& plan, size_t num_arguments, Stack& stack) {
   c10::SmallVector<char*, 32> addresses(num_arguments, nullptr);
   c10::Device device = c10::kCPU;
   for (size_t i = 0; i < num_arguments; ++i) {
+    if (arguments[i].isInt()) addresses[i] = reinterpret_cast<char*>(arguments[i].toInt());
     if (!arguments[i].isTensor()) continue;
     const Tensor& x = arguments[i].toTensor();
     addresses[i] = static_cast<char*>(x.data_ptr());
@@ -185,6 +187,7 @@ std::vector<Launch> read_launches(at::IntArrayRef numbers) {
         continue;
       }
       parameter.slot = *next++;
+      if (parameter.kind == Kind::kArgument) continue;
       parameter.offset = *next++;
       if (parameter.kind == Kind::kAddress) continue;
       TensorMap& map = parameter.map;
@@ -254,14 +257,20 @@ struct Hash {
 // An op's kernel for CUDA. `in_python` takes the op's arguments, and whether it is to be watched.
 class Replayed : public c10::OperatorKernel {
  public:
-  explicit Replayed(c10::OperatorHandle in_python) : in_python_(std::move(in_python)) {}
+  Replayed(c10::OperatorHandle in_python, at::IntArrayRef free) : in_python_(std::move(in_python)), free_(free.vec()) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
     const size_t num_arguments = op.schema().arguments().size();
     Key key;
     key.reserve(64);
     const at::ArrayRef<c10::IValue> arguments(stack->data() + stack->size() - num_arguments, num_arguments);
-    for (size_t i = 0; i < num_arguments; ++i) append(key, arguments, i);
+    for (size_t i = 0; i < num_arguments; ++i) {
+      const bool is_free = std::find(free_.begin(), free_.end(), static_cast<int64_t>(i)) != free_.end();
+      if (is_free)
+        key.push_back(arguments[i].toInt() >> 31);  // 0 if it is an int32 to Triton
+      else
+        append(key, arguments, i);
+    }
     Entry entry;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -285,6 +294,7 @@ class Replayed : public c10::OperatorKernel {
     std::shared_ptr<const Plan> plan;  // none if Python has to do it
   };
   c10::OperatorHandle in_python_;
+  std::vector<int64_t> free_;  // indices of arguments whose value is no part of a key
   std::mutex mutex_;
   std::unordered_map<Key, Entry, Hash> entries_;
 };
@@ -358,9 +368,10 @@ void implement(const std::string& name, c10::DispatchKey key, torch::CppFunction
   kept.back().impl(name.c_str(), std::move(function));
 }
 
-// kernels::replay: the op gets its CUDA kernel from here; what it does at first is in the op `in_python`.
-void replay_op(const std::string& name, const std::string& in_python) {
-  auto kernel = std::make_unique<Replayed>(find(in_python));
+// kernels::replay: the op gets its CUDA kernel from here; what it does at first is in the op `in_python`. The numbers
+// `free` among its arguments go to kernels as they are.
+void replay_op(const std::string& name, const std::string& in_python, at::IntArrayRef free) {
+  auto kernel = std::make_unique<Replayed>(find(in_python), free);
   implement(name, c10::DispatchKey::CUDA, torch::CppFunction::makeFromBoxedFunctor(std::move(kernel)));
 }
 
@@ -374,6 +385,6 @@ void differentiate(const std::string& name, const std::string& backward) {
 
 TORCH_LIBRARY_FRAGMENT(kernels, library) {
   library.def("record_plan(Tensor[] allocations, int[] zeroed, int[] outputs, int[] launches) -> ()", &record_plan);
-  library.def("replay(str name, str in_python) -> ()", &replay_op);
+  library.def("replay(str name, str in_python, int[] free) -> ()", &replay_op);
   library.def("differentiate(str name, str backward) -> ()", &differentiate);
 }

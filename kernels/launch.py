@@ -13,8 +13,9 @@ What it does depends on the layout of its arguments alone, so it is watched once
         launched(compiled, grid, (x, out, scale))   # to launch kernels, each of which it reports
         return out
 
-A launcher that does anything else, a copy for example, or a launch it does not report, goes on running in Python:
-nothing has to be declared.
+The numbers in FREE are no part of the layout: a launcher may do no more with them than to hand them on to kernels, as
+parameters of the same name. A launcher that does anything else to the GPU, a copy for example, or a launch that it does
+not report, goes on running in Python: nothing has to be declared.
 
 Knows Triton's compiled kernels and no kernel of this project.
 """
@@ -33,7 +34,8 @@ _aten = torch.ops.aten
 _ALLOCATE = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default}
 _ALLOCATE_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
 _VIEW = {_aten.view.default, _aten.detach.default, _aten.select.int, _aten.slice.Tensor, _aten.transpose.int}
-_NUMBER, _ADDRESS, _TENSOR_MAP = range(3)  # launch.cpp's Kind
+_NUMBER, _ADDRESS, _TENSOR_MAP, _ARGUMENT = range(4)  # launch.cpp's Kind
+FREE = ("seed", "step")
 _watching = threading.local()
 
 
@@ -51,13 +53,14 @@ class Replaying:
 
         def in_python(*arguments_and_watch: Any) -> Any:
             *arguments, watch = arguments_and_watch
-            return Watch(arguments).run(launcher) if watch else launcher(*arguments)
+            return Watch(arguments, free).run(launcher) if watch else launcher(*arguments)
 
-        schema = str(getattr(torch.ops.kernels, name).default._schema)
-        arguments, returns = schema.removeprefix(f"kernels::{name}(").split(") -> ")
+        schema = getattr(torch.ops.kernels, name).default._schema
+        free = {argument.name: i for i, argument in enumerate(schema.arguments) if argument.name in FREE}
+        arguments, returns = str(schema).removeprefix(f"kernels::{name}(").split(") -> ")
         self.library.define(f"{name}_in_python({arguments}, bool watch) -> {returns}")
         self.library.impl(f"{name}_in_python", in_python, "CUDA")
-        torch.ops.kernels.replay(name, f"{name}_in_python")
+        torch.ops.kernels.replay(name, f"{name}_in_python", list(free.values()))
         if name.endswith("_backward"):
             torch.ops.kernels.differentiate(f"{name.removesuffix('backward')}forward", name)
 
@@ -65,9 +68,10 @@ class Replaying:
 class Watch(TorchDispatchMode):
     """What a launcher does with its arguments: the memory it asks for and the kernels it launches on it."""
 
-    def __init__(self, arguments: Sequence[Any]):
+    def __init__(self, arguments: Sequence[Any], free: dict[str, int]):
         super().__init__()
         self.slots: list[Any] = list(arguments)  # the allocations follow
+        self.free = free  # indices of arguments by their names
         self.num_arguments = len(arguments)
         self.zeroed: list[int] = []
         self.launches: list[list[int]] = []  # that were reported
@@ -108,20 +112,19 @@ class Watch(TorchDispatchMode):
         if not plain or metadata.global_scratch_size or metadata.profile_scratch_size:
             self.understood = False
             return
-        types = list(compiled.src.signature.values())
         maps = iter(metadata.tensordesc_meta or ())
         parameters = [
             parameter
-            for type_, value in zip(types, values, strict=True)
+            for (name, type_), value in zip(compiled.src.signature.items(), values, strict=True)
             if type_ != "constexpr"
-            for parameter in self._parameters(type_, value, maps)
+            for parameter in self._parameters(name, type_, value, maps)
         ]
         sizes = (*grid, 1, 1)[:3]
         header = [compiled.function, *sizes, 32 * metadata.num_warps, metadata.shared, int(metadata.launch_pdl)]
         numbers = [number for parameter in parameters for number in parameter]
         self.launches.append([*header, len(parameters), *numbers])
 
-    def _parameters(self, type_: str, value: Any, maps: Any) -> list[list[int]]:
+    def _parameters(self, name: str, type_: str, value: Any, maps: Any) -> list[list[int]]:
         """The numbers of the parameter, or parameters, that one argument of a kernel becomes."""
         if type_.startswith("*"):
             return [[_ADDRESS, *self._slot(value)]]
@@ -135,6 +138,9 @@ class Watch(TorchDispatchMode):
             return [view, *([_NUMBER, number] for number in shape + strides)]
         if type_ in ("fp32", "f32"):
             return [[_NUMBER, int.from_bytes(struct.pack("<f", value), "little")]]
+        if name in self.free:
+            self.understood &= value == self.slots[self.free[name]]
+            return [[_ARGUMENT, self.free[name]]]
         if type_[0] in "iu":
             return [[_NUMBER, int(value)]]
         self.understood = False

@@ -33,7 +33,7 @@ def compiled(*signature: str) -> types.SimpleNamespace:
         num_ctas=1, launch_cooperative_grid=False, global_scratch_size=0, profile_scratch_size=0, num_warps=4,
         shared=1024, launch_pdl=False, tensordesc_meta=None,
     )  # fmt: skip
-    source = types.SimpleNamespace(signature=dict(enumerate(signature)))
+    source = types.SimpleNamespace(signature=dict(part.split() for part in signature))
     return types.SimpleNamespace(function=7, metadata=metadata, src=source)
 
 
@@ -45,46 +45,50 @@ def watch(launch, launcher, *arguments):
         watched.num_launches = len(watched.launches)
         return result
 
-    watched = launch.Watch(arguments)
+    watched = launch.Watch(arguments, {"seed": 3})
     watched.run(counted)
     return watched
 
 
 def test_a_launcher_is_understood(launch):
-    def launcher(x, y, scale):
+    def launcher(x, y, scale, seed):
         out, zeros = torch.empty_like(x), torch.zeros(3, dtype=torch.int32)
-        kernel = compiled("*fp32", "*fp32", "*i32", "fp32", "i32", "constexpr")
-        launch.launched(kernel, (5, 2), (x, out[1], zeros, scale, 64, 128))
+        kernel = compiled("x *fp32", "y *fp32", "z *i32", "scale fp32", "n i32", "BLOCK constexpr", "seed i32")
+        launch.launched(kernel, (5, 2), (x, out[1], zeros, scale, 64, 128, seed))
         return out
 
-    watched = watch(launch, launcher, torch.ones(2, 4), torch.ones(2, 4), 1.5)
+    watched = watch(launch, launcher, torch.ones(2, 4), torch.ones(2, 4), 1.5, 9)
     one_and_a_half = 0x3FC00000
-    parameters = [1, 0, 0, 1, 3, 16, 1, 4, 0, 0, one_and_a_half, 0, 64]
+    parameters = [1, 0, 0, 1, 4, 16, 1, 5, 0, 0, one_and_a_half, 0, 64, 3, 3]
     assert watched.understood and watched.zeroed == [1]
-    assert watched.launches == [[7, 5, 2, 1, 128, 1024, 0, 5, *parameters]]
+    assert watched.launches == [[7, 5, 2, 1, 128, 1024, 0, 6, *parameters]]
 
 
-@pytest.mark.parametrize("reason", ("a copy", "memory from elsewhere", "a value that is read", "shared memory"))
+REASONS = ("a copy", "memory from elsewhere", "a value that is read", "shared memory", "a changed seed")
+
+
+@pytest.mark.parametrize("reason", REASONS)
 def test_a_launcher_is_left_alone(launch, reason):
     elsewhere = torch.ones(4)
 
-    def launcher(x, y):
+    def launcher(x, y, scale, seed):
         out = torch.empty_like(x)
         if reason == "a copy":
             out.copy_(x)
         if reason == "a value that is read":
             out = torch.empty(int(x[0]))
         source = elsewhere if reason == "memory from elsewhere" else x[1:] if reason == "shared memory" else x
-        launch.launched(compiled("*fp32", "*fp32"), (1,), (source, out))
+        changed = seed + (reason == "a changed seed")
+        launch.launched(compiled("x *fp32", "out *fp32", "seed i32"), (1,), (source, out, changed))
         return out
 
     x = torch.ones(4)
-    assert not watch(launch, launcher, x, x.view(4)).understood
-    assert reason != "shared memory" or watch(launch, launcher, x, torch.ones(4)).understood
+    assert not watch(launch, launcher, x, x.view(4), 1.0, 5).understood
+    assert reason != "shared memory" or watch(launch, launcher, x, torch.ones(4), 1.0, 5).understood
 
 
 def test_a_launch_that_is_not_reported_is_noticed(launch):
-    watched = launch.Watch(())
+    watched = launch.Watch((), {})
 
     def launcher():
         watched.num_launches += 1
@@ -140,6 +144,17 @@ def test_a_replay_can_be_captured_and_runs_on_the_current_stream():
         x.zero_()
     graph.replay()
     assert all(torch.equal(x, y) for x, y in zip(expected, captured, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab_size", (65, 50304))
+def test_replays_take_the_seed_and_step_of_the_call(vocab_size):
+    logits = torch.randn(3, vocab_size, device="cuda")
+    for seed, step in ((0, 0), (1, 0), (2**31, 1), (2**40, 2), (2**40 + 1, 2), (3, 2**35), (4, 16), (5, 1), (1, 6)):
+        drawn = kernels.sample(logits, top_k=40, seed=seed, step=step, return_logprobs=True)
+        expected = kernels.sample(logits.cpu(), top_k=40, seed=seed, step=step, return_logprobs=True)
+        assert torch.equal(drawn.token_ids.cpu(), expected.token_ids)
+        torch.testing.assert_close(drawn.processed_logprobs.cpu(), expected.processed_logprobs)
 
 
 @pytest.mark.gpu
