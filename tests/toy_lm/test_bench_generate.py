@@ -30,3 +30,9 @@ def test_rows_and_losses(run_folder: str, tmp_path: pathlib.Path, capsys: pytest
 def test_texts_longer_than_the_context_are_refused(run_folder: str):
     with pytest.raises(ValueError, match=r"^num-tokens: got 24, needs 1 to 23"):
         generate.run(["--device", "cpu", "--run", run_folder, "--num-tokens", "24"])
+
+
+@pytest.mark.parametrize("peer", ["nanogpt", "gpt-fast"])
+def test_a_folder_without_the_peer_is_refused(run_folder: str, tmp_path: pathlib.Path, peer: str):
+    with pytest.raises(ValueError, match=f"^{peer}: got .*, there is no model.py in it"):
+        generate.run(["--device", "cpu", "--run", run_folder, "--num-tokens", "4", f"--{peer}", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""Generation beside its peers in one process: transformers on the same weights, and nanoGPT's loop in the same shape.
+"""Generation beside its peers in one process: transformers on the same weights; nanoGPT and gpt-fast in the same shape.
 
 Each generates from a prompt of one token up to the full context, drawing with top-k 40, at several batch sizes; the
 best of a few repetitions that take turns counts. The weights are random: time does not depend on them. Also: the time
@@ -15,6 +15,7 @@ import pathlib
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ def run(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--no-peers", action="store_true", help="time nothing but this library")
     parser.add_argument("--static-cache", action="store_true", help="also transformers with static cache, compiled")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to be timed too")
+    parser.add_argument("--gpt-fast", metavar="FOLDER", help="a clone of gpt-fast, to be timed too, compiled")
     parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for generate.json")
     options = parser.parse_args(arguments)
     device = pick_device(options.device)
@@ -88,6 +90,7 @@ def run(arguments: Sequence[str] = ()) -> None:
             if not options.no_peers:
                 contestants |= _transformers(folder, device, dtype, options.static_cache)
                 contestants |= _nanogpt(options.nanogpt, config, device, dtype)
+                contestants |= _gpt_fast(options.gpt_fast, config, device, dtype)
             for batch_size in batch_sizes:
                 seconds = _time(contestants, batch_size, num_tokens, options.repetitions)
                 rows += [
@@ -192,13 +195,7 @@ def _nanogpt(
 ) -> dict[str, Contestant]:
     if folder is None:
         return {}
-    source = pathlib.Path(folder) / "model.py"
-    spec = importlib.util.spec_from_file_location("nanogpt_model", source)
-    if spec is None or spec.loader is None or not source.is_file():
-        raise ValueError(f"nanogpt: got {folder!r}, there is no model.py in it")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module
-    spec.loader.exec_module(module)
+    module = _import("nanogpt", folder, "model.py", "nanogpt_model")
     shape = module.GPTConfig(
         block_size=config.max_seqlen,
         vocab_size=config.vocab_size,
@@ -214,3 +211,47 @@ def _nanogpt(
         model.generate(torch.full((batch_size, 1), 10, device=device), num_tokens, top_k=TOP_K).cpu()
 
     return {"nanoGPT": generate}
+
+
+def _gpt_fast(
+    folder: str | None, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Contestant]:
+    if folder is None:
+        return {}
+    sys.modules["tokenizer"] = types.ModuleType("tokenizer")  # its own needs packages that text alone is made with
+    sys.modules["tokenizer"].get_tokenizer = None  # type: ignore[attr-defined]
+    theirs = _import("gpt-fast", folder, "model.py", "model")
+    loop = _import("gpt-fast", folder, "generate.py", "gpt_fast_generate")
+    shape = theirs.ModelArgs(
+        block_size=config.max_seqlen,
+        vocab_size=config.vocab_size,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        n_local_heads=config.num_kv_heads,
+        dim=config.model_dim,
+        intermediate_size=config.mlp_dim,
+    )
+    with device:
+        model = theirs.Transformer(shape).to(dtype).eval()
+    loop.decode_one_token = torch.compile(loop.decode_one_token, mode="reduce-overhead", fullgraph=True)
+
+    def generate(batch_size: int, num_tokens: int) -> None:
+        with device:  # caches of the full size, so that nothing is compiled again for a longer text
+            model.setup_caches(max_batch_size=batch_size, max_seq_length=config.max_seqlen)
+        prompt = torch.full((1,), 10, dtype=torch.int32, device=device)
+        options = {"batch_size": batch_size, "interactive": False, "draft_model": None, "top_k": TOP_K}
+        loop.generate(model, prompt, num_tokens, **options)[0].cpu()
+
+    return {"gpt-fast": generate}
+
+
+def _import(option: str, folder: str, file: str, name: str) -> Any:
+    """A file of a clone, as the module called `name`."""
+    source = pathlib.Path(folder) / file
+    spec = importlib.util.spec_from_file_location(name, source)
+    if spec is None or spec.loader is None or not source.is_file():
+        raise ValueError(f"{option}: got {folder!r}, there is no {file} in it")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
