@@ -6,7 +6,7 @@
 
 A step needs nothing from the host: the tokens, their positions, seeds and step numbers lie on the device. On CUDA it is
 captured as one graph, from the embedding to the drawn token, once it has run a few times, and replayed from then on;
-where many tokens are asked for, as a graph of several steps.
+where many tokens are asked for, as a graph of several steps. So is the reading of a single prompt, for a few lengths.
 
 Knows the model's weights and the ops; knows nothing of text or tokenizers.
 """
@@ -22,6 +22,7 @@ from toy_lm.model import KVCache, Transformer
 
 _STEPS_BEFORE_CAPTURE = 2  # libraries allocate their workspaces, Triton compiles
 _STEPS_PER_GRAPH = 8
+_LEAST_PROMPT = 64  # tokens that a graph reads; the next one reads twice as many
 _PADDING = 32  # windows that differ by fewer tokens than this are read together
 _TOKENS_AT_ONCE = 16384  # that are read together: a bound on the memory it takes
 
@@ -82,6 +83,48 @@ def pack(model: Transformer, int8: bool = False) -> kernels.DecodeWeights:
     return rounded
 
 
+class PromptReader:
+    """Reads windows with the model. What it gives back is written anew by the next call.
+
+    On CUDA a window that comes alone is padded to a power of two, and read by a graph from the second of that size on:
+    launched one by one, the kernels would take the host several times as long as they run.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        weight = model.model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.captures = self.device.type == "cuda" and kernels.load(self.device).kind == "fused"
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, KVCache]] = {}  # by the number of tokens
+        self.seen: set[int] = set()
+
+    def read(self, windows: Sequence[Sequence[int]]) -> KVCache:
+        """The keys and values of token ids, a sequence for each, none longer than the last."""
+        size = len(windows[-1])
+        alone = self.captures and len(windows) == 1
+        if alone:
+            size = min(self.model.config.max_seqlen, max(_LEAST_PROMPT, 1 << (size - 1).bit_length()))
+        # What stands behind a shorter window is not masked: no earlier token sees it, and its keys are never read.
+        token_ids = torch.tensor([[*window, *[0] * (size - len(window))] for window in windows])
+        if not alone or size not in self.seen:
+            if alone:
+                self.seen.add(size)
+            return self._read(token_ids.to(self.device))
+        if size not in self.graphs:
+            given, graph = token_ids.to(self.device), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.graphs[size] = graph, given, self._read(given)
+        graph, given, cache = self.graphs[size]
+        given.copy_(token_ids)
+        graph.replay()
+        return cache
+
+    def _read(self, token_ids: Tensor) -> KVCache:
+        cache = KVCache(self.model.config, *token_ids.shape, device=self.device, dtype=self.dtype)
+        self.model.decoded(token_ids, cache)
+        return cache
+
+
 class Decoder:
     """Draws the tokens of up to `batch_size` texts, each in a row of its own; the other rows are idle.
 
@@ -89,12 +132,12 @@ class Decoder:
     """
 
     def __init__(
-        self, model: Transformer, weights: kernels.DecodeWeights, batch_size: int, vocab_size: int, sampling: Sampling
+        self, reader: PromptReader, weights: kernels.DecodeWeights, batch_size: int, vocab_size: int, sampling: Sampling
     ) -> None:
-        self.model, self.weights, self.vocab_size, self.sampling = model, weights, vocab_size, sampling
-        self.context = model.config.max_seqlen
-        device = weights.embedding.device
-        self.cache = KVCache(model.config, batch_size, self.context, device=device, dtype=weights.embedding.dtype)
+        self.reader, self.weights, self.vocab_size, self.sampling = reader, weights, vocab_size, sampling
+        self.config = reader.model.config
+        self.context, device = self.config.max_seqlen, reader.device
+        self.cache = KVCache(self.config, batch_size, self.context, device=device, dtype=reader.dtype)
         self.texts: list[list[int]] = [[] for _ in range(batch_size)]  # empty where the row is idle
         self.starts = [-1] * batch_size  # of the windows that the cache holds; -1: none
         self.unread: list[Tensor] = []  # tokens that were drawn and that `texts` lacks, (batch, any number) each
@@ -103,7 +146,8 @@ class Decoder:
         self.seeds = torch.zeros_like(self.last)
         self.numbers = torch.zeros_like(self.last)  # of the step, counted from where the text joined
         self.busy = torch.zeros_like(self.last, dtype=torch.int32)  # 1 where a row has a text, else 0
-        self.captures = device.type == "cuda" and kernels.load(device).kind == "fused"
+        self.steps = torch.arange(_STEPS_PER_GRAPH + 1, device=device)[:, None]
+        self.ahead = self.steps.int() * self.busy  # by how much each row's position has grown before each of them
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by their number of steps
         self.num_eager = 0
 
@@ -127,6 +171,7 @@ class Decoder:
         self.seeds[index] = torch.tensor(seeds, device=self.last.device)
         self.numbers[index] = 0
         self.busy[index] = busy
+        torch.mul(self.steps, self.busy, out=self.ahead)
         self.cache.seqlens[index] = 0
 
     def read(self) -> None:
@@ -165,38 +210,44 @@ class Decoder:
 
     def _steps(self, most: int) -> tuple[Tensor, Tensor]:
         """The tokens (batch, count) of some steps, not more than `most`, and the logits of the last."""
-        if not self.captures or self.num_eager < _STEPS_BEFORE_CAPTURE:
+        if not self.reader.captures or self.num_eager < _STEPS_BEFORE_CAPTURE:
             self.num_eager += 1
-            return self._step_eagerly()
+            return self._run(1)
         count = _STEPS_PER_GRAPH if most >= _STEPS_PER_GRAPH else 1
         if count not in self.graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                outcomes = [self._step_eagerly() for _ in range(count)]
-                self.graphs[count] = graph, torch.cat([new for new, _ in outcomes], dim=1), outcomes[-1][1]
+                self.graphs[count] = graph, *self._run(count)
         graph, new, logits = self.graphs[count]
         graph.replay()
         return new.clone(), logits
 
-    def _step_eagerly(self) -> tuple[Tensor, Tensor]:
+    def _run(self, count: int) -> tuple[Tensor, Tensor]:
+        """The tokens (batch, count) of as many steps, and the logits of the last."""
         cache, sampling = self.cache, self.sampling
-        logits = kernels.decode_step(  # token ids -> model (attention op) -> logits
-            self.last, cache.seqlens, cache.k, cache.v, self.weights, norm_eps=self.model.config.norm_eps
-        )[:, : self.vocab_size]
-        new = kernels.sample(  # logits -> sampler op -> token ids
-            logits,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=self.seeds,
-            step=self.numbers,
-        )
-        assert isinstance(new, Tensor)
-        torch.clamp(new, min=0, out=self.last)  # -1 is no token; whoever asked for it stops
-        cache.seqlens.add_(self.busy)
-        self.numbers.add_(1)
-        return new[:, None], logits
+        positions = cache.seqlens + self.ahead[: count + 1]  # (count + 1, batch)
+        numbers = self.numbers + self.steps[: count + 1]
+        token_ids, drawn = self.last, []
+        for step in range(count):
+            logits = kernels.decode_step(  # token ids -> model (attention op) -> logits
+                token_ids, positions[step], cache.k, cache.v, self.weights, norm_eps=self.config.norm_eps
+            )[:, : self.vocab_size]
+            new = kernels.sample(  # logits -> sampler op -> token ids
+                logits,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                seed=self.seeds,
+                step=numbers[step],
+            )
+            assert isinstance(new, Tensor)
+            token_ids = new  # -1 is no token: the next step takes it for 0, and whoever asked for it stops
+            drawn.append(new)
+        self.last.copy_(token_ids)
+        cache.seqlens.copy_(positions[count])
+        self.numbers.copy_(numbers[count])
+        return torch.stack(drawn, dim=1), logits
 
     def _read_windows(self, rows: list[int]) -> None:
         """Fill the cache of these texts with their windows, all but the last token, which comes next for every text.
@@ -220,12 +271,9 @@ class Decoder:
 
     def _prefill(self, windows: list[tuple[int, ...]], readers: dict[tuple[int, ...], list[int]]) -> None:
         """Read these windows, shortest first, and give the keys and values of each to the rows that it stands in."""
-        device, longest = self.last.device, len(windows[-1])
-        # What stands behind a shorter window is not masked: no earlier token sees it, and its keys are never read.
-        token_ids = torch.tensor([[*window, *[0] * (longest - len(window))] for window in windows], device=device)
-        fresh = KVCache(self.model.config, len(windows), longest, device=device, dtype=self.cache.k.dtype)
-        self.model.hidden(token_ids, fresh)
+        longest = len(windows[-1])
+        fresh = self.reader.read(windows)
         pairs = [(number, row) for number, window in enumerate(windows) for row in readers[window]]
-        source, target = torch.tensor(pairs, device=device).unbind(dim=1)
-        self.cache.k[:, target, :, :longest] = fresh.k[:, source]
-        self.cache.v[:, target, :, :longest] = fresh.v[:, source]
+        source, target = torch.tensor(pairs, device=self.last.device).unbind(dim=1)
+        self.cache.k[:, target, :, :longest] = fresh.k[:, source, :, :longest]
+        self.cache.v[:, target, :, :longest] = fresh.v[:, source, :, :longest]

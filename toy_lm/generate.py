@@ -25,7 +25,7 @@ from torch import Tensor
 
 import kernels
 from toy_lm import checkpoint
-from toy_lm.decode import Decoder, Sampling, pack
+from toy_lm.decode import Decoder, PromptReader, Sampling, pack
 from toy_lm.device import autocast_dtype, pick_device
 from toy_lm.model import Transformer
 from toy_lm.tokenizer import Tokenizer
@@ -78,6 +78,7 @@ class LanguageModel:
         self.device, self.dtype = weight.device, weight.dtype
         self.binding = kernels.load(self.device)
         self.weights = pack(self.model, int8)
+        self.reader = PromptReader(self.model)
         self._kept: dict[tuple[int, Sampling], Decoder] = {}
 
     def generate(self, prompt: str, *, max_new_tokens: int = 200, num_samples: int = 1, **sampling) -> list[str]:
@@ -165,7 +166,7 @@ class LanguageModel:
         decoder = self._kept.pop(key, None)
         if decoder is None:
             self._kept.clear()
-            decoder = Decoder(self.model, self.weights, batch_size, self.tokenizer.vocab_size, key[1])
+            decoder = Decoder(self.reader, self.weights, batch_size, self.tokenizer.vocab_size, key[1])
         try:
             yield decoder
         finally:

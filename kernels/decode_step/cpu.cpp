@@ -417,7 +417,7 @@ Tensor run(const Arguments& a) {
       hidden(batch * mlp_dim);
   std::vector<float> gated(batch * 2 * mlp_dim);
   for (int64_t b = 0; b < batch; ++b) {
-    const T* row = data<T>(a.embedding) + data<int64_t>(a.token_ids)[b] * dim;
+    const T* row = data<T>(a.embedding) + std::max<int64_t>(0, data<int64_t>(a.token_ids)[b]) * dim;
     for (int64_t i = 0; i < dim; ++i) x[b * dim + i] = to_float(row[i]);
   }
   const auto norm_all = [&](const T* scale) {
@@ -455,8 +455,8 @@ Tensor decode_step(Tensor token_ids, Tensor positions, Tensor k_cache, Tensor v_
     const int64_t position = data<int32_t>(positions)[b], token = data<int64_t>(token_ids)[b];
     STD_TORCH_CHECK(position >= 0 && position < std::min(a.capacity(), cos.size(0)), "positions: got ", position,
                     " for sequence ", b, ", allowed are 0 to ", std::min(a.capacity(), cos.size(0)) - 1);
-    STD_TORCH_CHECK(token >= 0 && token < embedding.size(0), "token_ids: got ", token, " for sequence ", b,
-                    ", allowed are 0 to ", embedding.size(0) - 1);
+    STD_TORCH_CHECK(token >= -1 && token < embedding.size(0), "token_ids: got ", token, " for sequence ", b,
+                    ", allowed are -1 to ", embedding.size(0) - 1);
   }
   return embedding.scalar_type() == ScalarType::Float ? run<float>(a) : run<BFloat16>(a);
 }

@@ -82,7 +82,7 @@ def decode_step(
 ) -> Tensor:
     """Logits (batch, vocab_size) fp32 of the token after token_ids, each at its position; writes its keys and values.
 
-    token_ids         (batch,) int64
+    token_ids         (batch,) int64; -1, which `sample` gives where there is no token, counts as 0
     positions         (batch,) int32: how many tokens of the sequence are cached before this one; below the capacity
                       and max_seqlen. Read by the kernel alone, so that nothing waits for the GPU
     k_cache, v_cache  (num_layers, batch, num_kv_heads, capacity, head_dim), contiguous, in the weights' dtype; written

@@ -37,7 +37,7 @@ def decode_step(
     rows = torch.arange(batch, device=token_ids.device)
     at = positions.long()
     angles = cos[at][:, None], sin[at][:, None]  # (batch, 1, head_dim / 2)
-    x = embedding[token_ids]  # (batch, model_dim)
+    x = embedding[token_ids.clamp(min=0)]  # (batch, model_dim)
     for layer in range(num_layers):
         projected = F.linear(_norm(x, input_norm[layer], norm_eps), qkv[layer]).view(batch, -1, head_dim)
         q, k, v = projected.split((projected.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)

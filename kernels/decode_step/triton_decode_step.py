@@ -142,7 +142,7 @@ def _embed(token_ptr, embedding_ptr, x_ptr, dim: tl.constexpr, BLOCK: tl.constex
     _start_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    token = tl.load(token_ptr + row)
+    token = tl.maximum(tl.load(token_ptr + row), 0)
     x = tl.load(embedding_ptr + token * dim + columns, mask=columns < dim, other=0.0)
     tl.store(x_ptr + row * dim + columns, x.to(tl.float32), mask=columns < dim)
 

@@ -154,7 +154,17 @@ def test_bad_arguments_are_named():
             kernels.decode_step(*given, norm_eps=EPS)
 
 
-@pytest.mark.parametrize(("name", "value"), [("positions", 24), ("positions", -1), ("token_ids", 300)])
+def test_no_token_counts_as_the_first(device: str):
+    """What the sampler gives where it cannot draw."""
+    token_ids, *rest = arguments(SHAPES[0], 3, torch.float32, device)
+    token_ids[1] = -1
+    expected = kernels.decode_step(token_ids.clamp(min=0), *rest, norm_eps=EPS)
+    assert torch.equal(kernels.decode_step(token_ids, *rest, norm_eps=EPS), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("positions", 24), ("positions", -1), ("token_ids", 300), ("token_ids", -2)]
+)
 def test_values_out_of_range_are_named_on_the_cpu(name: str, value: int):
     token_ids, positions, k_cache, v_cache, weights = arguments(SHAPES[0], 2, torch.float32, "cpu")
     {"token_ids": token_ids, "positions": positions}[name][1] = value

@@ -69,13 +69,13 @@ def test_prompts_are_read_together_without_much_padding(lm: LanguageModel, monke
     prompts = [*PROMPTS, "d" * 40, "the quick", "the quick", "quick the"]
     expected = [lm.generate(prompt, max_new_tokens=40, seed=4)[0] for prompt in prompts]
     read: list[tuple[int, int]] = []
-    hidden = type(lm.model).hidden
+    read_windows = decode.PromptReader.read
 
-    def recording(self, token_ids, cache=None):
-        read.append(tuple(token_ids.shape))
-        return hidden(self, token_ids, cache)
+    def recording(self, windows):
+        read.append((len(windows), len(windows[-1])))
+        return read_windows(self, windows)
 
-    monkeypatch.setattr(type(lm.model), "hidden", recording)
+    monkeypatch.setattr(decode.PromptReader, "read", recording)
     monkeypatch.setattr(decode, "_PADDING", 4)
     monkeypatch.setattr(decode, "_TOKENS_AT_ONCE", 40)
     assert lm.generate_batch(prompts, max_new_tokens=40, seed=4) == expected
@@ -84,6 +84,22 @@ def test_prompts_are_read_together_without_much_padding(lm: LanguageModel, monke
     read.clear()
     lm.generate("the quick", max_new_tokens=1, num_samples=5)
     assert read == [(1, len(lm.prompt_ids("the quick")) - 1)]
+
+
+def test_a_prompt_is_read_the_same_again(lm: LanguageModel):
+    """On a GPU, prompts of about the same length share a graph, which the second of them captures."""
+    windows = [list(range(size, 0, -1)) for size in (CONTEXT - 1, CONTEXT - 2, 3, 1)]
+    expected = [kept(decode.PromptReader(lm.model), window) for window in windows]
+    reader = decode.PromptReader(lm.model)
+    for _ in range(2):
+        for window, caches in zip(windows, expected, strict=True):
+            assert all(map(torch.equal, kept(reader, window), caches))
+
+
+@torch.inference_mode()
+def kept(reader: decode.PromptReader, window: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    cache = reader.read([window])
+    return cache.k[..., : len(window), :].clone(), cache.v[..., : len(window), :].clone()
 
 
 @pytest.mark.gpu
