@@ -15,9 +15,16 @@ straight into the products for dV and dK:
     reducer (a warp)       24   TMA: adds the dQ tiles into an fp32 tensor in device memory
 
 dQ of one block of queries is a sum over all the programs that own keys it sees. A floating-point sum depends on its
-order, so they add in a fixed one: a counter for each block of queries says whose turn it is, the last keys first, and
-the reducer waits for it; the consumers meanwhile go on. Programs start in that same order, so each waits only for
-programs that started before it, and all end.
+order, so they add in a fixed one: a counter for each block of queries says whose turn it is, and the reducer waits for
+it; the consumers meanwhile go on. The order is that in which the programs come to a block if all are equally fast:
+
+    causal   the last keys first. Each begins at the queries of its own diagonal, so that they follow one another.
+    full     the programs of a long sequence spread over its queries and go round: each begins where its share of them
+             does, and the one that begins at a block, or last before it, is the first to add there. Those of a short
+             one all begin at the first queries, the last keys first, as do those that do not fit on the GPU together.
+
+Programs start in the order of their numbers, a head's one after the other: each waits only for programs that started
+before it, or of its own head, for which there is room on the GPU. So all end.
 
 What a consumer computes in one pass over a block i of queries, and which products run meanwhile:
 
@@ -96,7 +103,7 @@ def tile_coordinates(walk):
     A pair is one head of one sequence. `heads_per_group` pairs are worked at side by side, the last keys of each first:
     the more there are, the fewer programs wait for one another's dQ, and the more of Q, dO and dQ is in use at once.
     """
-    num_n_blocks, _num_m_blocks, num_pairs, num_kv_heads, _heads, heads_per_group, _seqlen_q, _seqlen_k = walk
+    num_n_blocks, _num_m_blocks, num_pairs, num_kv_heads, _heads, heads_per_group, _seqlen_q, _seqlen_k, _r = walk
     group_programs = heads_per_group * num_n_blocks
     first_pair = gl.program_id(0) // group_programs * heads_per_group
     pairs_here = gl.minimum(heads_per_group, num_pairs - first_pair)
@@ -118,6 +125,17 @@ def first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M: gl.conste
     # Keys past the end are zeros; unmasked, exp(0 - lse) may overflow.
     full = gl.where((n_block + 1) * BLOCK_N > seqlen_k, num_m_blocks, full)
     return some, full
+
+
+@gluon.jit
+def m_block_of(step, n_block, walk):
+    """The block of queries that is met in a step, counted from 0 or, if causal, from `first_m_blocks`."""
+    num_n_blocks, num_m_blocks, _pairs, _num_kv_heads, _heads, _group, _seqlen_q, _seqlen_k, ROUND = walk
+    m_block = step
+    if ROUND:
+        m_block += n_block * num_m_blocks // num_n_blocks
+        m_block = gl.where(m_block < num_m_blocks, m_block, m_block - num_m_blocks)
+    return m_block
 
 
 @gluon.jit
@@ -227,7 +245,7 @@ def consume(work, rings, tiles, kv_full, all_read, walk, consumer_id: gl.constex
     dk_desc, dv_desc, softmax_scale = work
     q_ring, _dout_ring, _row_ring, dq_ring = rings
     k_halves, v_halves, ds_tiles, ds_full = tiles
-    _num_n_blocks, num_m_blocks, _pairs, _num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k = walk
+    _num_n_blocks, num_m_blocks, _pairs, _num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, _r = walk
     DTYPE: gl.constexpr = k_halves.dtype
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
     HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
@@ -248,7 +266,8 @@ def consume(work, rings, tiles, kv_full, all_read, walk, consumer_id: gl.constex
     mbarrier.wait(kv_full, 0)
     i = 0  # blocks of queries met so far, over all heads of the group
     for _ in range(heads_per_kv_head):
-        for m_block in range(m_some, num_m_blocks):
+        for step in range(m_some, num_m_blocks):
+            m_block = m_block_of(step, n_block, walk)
             dk, dv = differentiate_block(
                 dk, dv, rings, tiles, i, n_start, m_block * BLOCK_M, scale_log2, seqlen_q, seqlen_k,
                 m_block < m_full, consumer_id, CAUSAL, S_LAYOUT, DQ_LAYOUT,
@@ -280,7 +299,7 @@ def produce(loads, rings, tiles, kv_full, walk, CAUSAL: gl.constexpr):
     q_desc, k_desc, v_desc, dout_desc, row_desc = loads
     q_ring, dout_ring, row_ring, _dq_ring = rings
     k_halves, v_halves, _ds_tiles, _ds_full = tiles
-    _num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k = walk
+    _num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, _r = walk
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
     n_block, kv_head, batch = tile_coordinates(walk)
     m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
@@ -293,7 +312,8 @@ def produce(loads, rings, tiles, kv_full, walk, CAUSAL: gl.constexpr):
     for group_head in range(heads_per_kv_head):
         head = kv_head * heads_per_kv_head + group_head
         first_row_block = (batch * num_kv_heads * heads_per_kv_head + head) * num_m_blocks
-        for m_block in range(m_some, num_m_blocks):
+        for step in range(m_some, num_m_blocks):
+            m_block = m_block_of(step, n_block, walk)
             q_ring.fill(i, q_desc, [batch, head, m_block * BLOCK_M, 0])
             row_ring.fill(i, row_desc, [(first_row_block + m_block) * 2 * BLOCK_M])
             dout_ring.fill(i, dout_desc, [batch, head, m_block * BLOCK_M, 0])
@@ -304,7 +324,7 @@ def produce(loads, rings, tiles, kv_full, walk, CAUSAL: gl.constexpr):
 def reduce_dq(dq_desc, turn_ptr, rings, walk, CAUSAL: gl.constexpr):
     """The reducer warp: adds this program's dQ tiles to those of the programs before it, when its turn has come."""
     q_ring, _dout_ring, _row_ring, dq_ring = rings
-    num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k = walk
+    num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, ROUND = walk
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
     HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
     n_block, kv_head, batch = tile_coordinates(walk)
@@ -312,19 +332,23 @@ def reduce_dq(dq_desc, turn_ptr, rings, walk, CAUSAL: gl.constexpr):
     i = 0
     for group_head in range(heads_per_kv_head):
         pair = (batch * num_kv_heads + kv_head) * heads_per_kv_head + group_head
-        for m_block in range(m_some, num_m_blocks):
-            last_n_block = num_n_blocks - 1
+        for step in range(m_some, num_m_blocks):
+            m_block = m_block_of(step, n_block, walk)
+            first = num_n_blocks - 1  # the program that adds first
             if CAUSAL:
                 last_key = (m_block + 1) * BLOCK_M - 1 + seqlen_k - seqlen_q
-                last_n_block = gl.minimum(last_n_block, last_key // BLOCK_N)
+                first = gl.minimum(first, last_key // BLOCK_N)
+            if ROUND:
+                first = ((m_block + 1) * num_n_blocks - 1) // num_m_blocks
+            place = gl.where(first >= n_block, first - n_block, first - n_block + num_n_blocks)
             turn = turn_ptr + pair * num_m_blocks + m_block
-            while gl.atomic_add(turn, 0, sem="acquire", scope="gpu") < last_n_block - n_block:
+            while gl.atomic_add(turn, 0, sem="acquire", scope="gpu") < place:
                 pass
             for half in gl.static_range(2):
                 dq = dq_ring.wait(2 * i + half)
                 row = m_block * BLOCK_M + (0 if HEAD_DIM == 128 else half * 64)
                 column = half * 64 if HEAD_DIM == 128 else 0
-                if n_block == last_n_block:
+                if place == 0:
                     tma.async_copy_shared_to_global(dq_desc, [pair, row, column], dq)
                 else:
                     async_add_shared_to_global(dq_desc, [pair, row, column], dq)
@@ -368,6 +392,7 @@ def backward_kernel(
     seqlen_k,
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
+    ROUND: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q_desc.dtype
@@ -387,7 +412,17 @@ def backward_kernel(
     fence_async_shared()  # the barriers, before TMA signals them
     rings = (q_ring, dout_ring, row_ring, dq_ring)
     tiles = (k_halves, v_halves, ds_tiles, ds_full)
-    walk = (num_n_blocks, num_m_blocks, num_pairs, num_kv_heads, heads_per_kv_head, heads_per_group, seqlen_q, seqlen_k)
+    walk = (
+        num_n_blocks,
+        num_m_blocks,
+        num_pairs,
+        num_kv_heads,
+        heads_per_kv_head,
+        heads_per_group,
+        seqlen_q,
+        seqlen_k,
+        ROUND,
+    )
     work = (dk_desc, dv_desc, softmax_scale)
     loads = (q_desc, k_desc, v_desc, dout_desc, row_desc)
     gl.warp_specialize(
@@ -505,6 +540,9 @@ TILES = {
 # 16 / 8 / 4 / 2: 347 / 430 / 474 / 502 TFLOP/s, where one at a time gives 323 / 387 / 435 / 462. With a causal mask,
 # where programs start on different queries, it gains at 512 tokens alone: 209, not 193.
 MAX_IN_USE = {False: 1 << 20, True: 1 << 19}
+# Blocks of queries from which on programs go round: 491, 532, 525 and 531 TFLOP/s at 2048 to 16384 tokens and head_dim
+# 128, where beginning together gives 482, 502, 491 and 516; with fewer blocks it is the slower way.
+LEAST_ROUND = 32
 
 
 def supports(
@@ -566,6 +604,10 @@ def launch(
     turn = torch.zeros(num_pairs, num_m_blocks, dtype=torch.int32, device=q.device)
     queries = seqlen_q * head_dim * (num_heads // num_kv_heads)  # elements of Q that one program walks over
     heads_per_group = min(batch_size * num_kv_heads, max(1, MAX_IN_USE[causal] // queries))
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    go_round = not causal and num_m_blocks >= LEAST_ROUND and num_n_blocks <= processors
+    if go_round:
+        heads_per_group = 1
 
     def run(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
         # Four warps are one warpgroup: the others are added by gl.warp_specialize.
@@ -600,6 +642,7 @@ def launch(
         seqlen_k,
         tile.stages,
         causal,
+        go_round,
         tile.registers,
     )
     run(

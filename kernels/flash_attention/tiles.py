@@ -15,7 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-FORWARD, BACKWARD_DQ, BACKWARD_DKDV, DECODE = "forward", "backward dq", "backward dkdv", "decode"
+FORWARD, BACKWARD_DQ, BACKWARD_DKDV = "forward", "backward dq", "backward dkdv"
+DECODE, DECODE_SPLIT = "decode", "decode, split"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,12 @@ TILES = {
 }
 
 # What decoding does is read the cache, on every card: BLOCK_N keys at a time, by head_dim. From a sweep on an H200, one
-# query of 32 heads over 131072 keys of 8 heads, head_dim 128, in 33 splits: 141.6 us; cuDNN 140.0, a copy's rate 124.9.
-DECODE_TILES = {64: Tile(16, 32, 2, 4), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 2)}
+# query of 32 heads over the keys of 8, head_dim 128, us: 131072 keys in 33 splits 137.4 (cuDNN 137.4, a copy's rate
+# 126.9); without splits, 16 sequences of 8192 keys 132.4 (132.7), 64 of 4096 252.3 (249.8).
+DECODE_TILES = {
+    DECODE: {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 4), 256: Tile(16, 32, 4, 2)},
+    DECODE_SPLIT: {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 2, 3), 256: Tile(16, 32, 4, 2)},
+}
 
 # fp32, multiplied without matrix units: by head_dim. Larger ones spill and take long to compile.
 FP32_TILES = {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
@@ -83,8 +88,8 @@ def card(device: torch.device) -> str:
 def table_tile(kernel: str, card: str, head_dim: int, dtype: torch.dtype, causal: bool) -> Tile:
     """The row of the table; a head_dim that has none shares the next larger one's."""
     block_d = max(64, triton.next_power_of_2(head_dim))
-    if kernel == DECODE and dtype != torch.float32:
-        return DECODE_TILES[block_d]
+    if kernel in DECODE_TILES and dtype != torch.float32:
+        return DECODE_TILES[DECODE_SPLIT if card == "small" else kernel][block_d]  # the one with fewer stages
     return FP32_TILES[block_d] if dtype == torch.float32 else TILES[kernel, card, block_d]
 
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.flash_attention.tiles import DECODE, Tile, launch_with_fitting_tile
+from kernels.flash_attention.tiles import DECODE, DECODE_SPLIT, Tile, card, launch_with_fitting_tile
 from kernels.flash_attention.triton_forward import (
     LOG2_E,
     attend_blocks,
@@ -51,8 +51,10 @@ def decode_kernel(
     stride_ob, stride_oh, stride_om, stride_od,
     num_kv_heads, heads_per_kv_head, seqlen_q, num_splits, softmax_scale, softcap, window_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SCALE_FIRST: tl.constexpr, SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SCALE_FIRST: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # the second kernel may take its place now, and wait there
     split = tl.program_id(0) % num_splits
     tile = tl.program_id(0) // num_splits
     num_row_blocks = tl.cdiv(heads_per_kv_head * seqlen_q, BLOCK_M)
@@ -119,9 +121,11 @@ def combine_kernel(
     partial_out_ptr,  # (batch, num_heads, seqlen_q, num_splits, HEAD_DIM) fp32
     partial_lse_ptr,  # (batch, num_heads, seqlen_q, num_splits), in powers of two
     out_ptr, stride_ob, stride_oh, stride_om, stride_od, num_heads, seqlen_q, num_splits,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program, one query of one head: weigh the results of the splits."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # for the first kernel's end
     row = tl.program_id(0).to(tl.int64)
     offs_s = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
@@ -191,11 +195,11 @@ def launch(
             q, k_cache, v_cache, cache_seqlens, target, lse,
             *strides(q), *strides(k_cache), *strides(v_cache), *strides(out),
             num_kv_heads, heads_per_kv_head, seqlen_q, num_splits, *numbers, block_m, tile.block_n,
-            window, capped, scale_first, num_splits > 1,
+            window, capped, scale_first, num_splits > 1, num_splits > 1 and card(q.device) == "hopper",
         )  # fmt: skip
         launched(decode_kernel[grid](*values, num_warps=tile.warps, num_stages=tile.stages), grid, values)
 
-    launch_with_fitting_tile(run, DECODE, q, True, tile)
+    launch_with_fitting_tile(run, DECODE_SPLIT if num_splits > 1 else DECODE, q, True, tile)
     if lse is not None:
         combine(target, lse, out)
 
@@ -205,10 +209,10 @@ def combine(partial_out: Tensor, lse: Tensor, out: Tensor) -> None:
     num_heads, seqlen_q, num_splits, head_dim = partial_out.shape[1:]
     block_s = triton.next_power_of_2(num_splits)
     grid = (out.shape[0] * num_heads * seqlen_q,)
-    values = (
-        partial_out, lse, out, *strides(out), num_heads, seqlen_q, num_splits, head_dim, padded(head_dim), block_s,
-    )  # fmt: skip
-    launched(combine_kernel[grid](*values), grid, values)
+    early = card(out.device) == "hopper"
+    shape = (num_heads, seqlen_q, num_splits, head_dim, padded(head_dim), block_s)
+    values = (partial_out, lse, out, *strides(out), *shape, early)
+    launched(combine_kernel[grid](*values, **({"launch_pdl": True} if early else {})), grid, values)
 
 
 def count_splits(num_tiles: int, capacity: int, device: torch.device) -> int:

@@ -132,11 +132,12 @@ def test_forward_is_as_right_as_plain_torch(shape, head_dim, causal, dtype):
     assert (out.transpose(1, 2)[~seen.transpose(1, 2)] == 0).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_backward_compiles_for_hopper(head_dim, tmp_path):
+def test_backward_compiles_for_hopper(head_dim, causal, tmp_path):
     from kernels.flash_attention import gluon_backward
 
-    tile = gluon_backward.TILES[head_dim, True]
+    tile = gluon_backward.TILES[head_dim, causal]
     types = dict.fromkeys(gluon_backward.backward_kernel.arg_names[10:18], "i32")
     types |= {"q_desc": tile_type(tile.block_m, head_dim), "dout_desc": tile_type(tile.block_m, head_dim)}
     types |= {name: tile_type(64, head_dim) for name in ("k_desc", "v_desc", "dk_desc", "dv_desc")}
@@ -145,7 +146,7 @@ def test_backward_compiles_for_hopper(head_dim, tmp_path):
         "dq_desc": f"tensordesc<fp32[1, 64, 64],{gluon_backward.SQUARE_LAYOUT!r}>",
     }
     types |= {"turn_ptr": "*i32", "softmax_scale": "fp32"}
-    constants = {"STAGES": tile.stages, "CAUSAL": True, "REGISTERS": tile.registers}
+    constants = {"STAGES": tile.stages, "CAUSAL": causal, "ROUND": not causal, "REGISTERS": tile.registers}
     compiled = compile_gluon(gluon_backward.backward_kernel, types, constants)
     check_hopper_instructions(compiled, tmp_path)
     assert "cp.reduce.async.bulk.tensor" in compiled.asm["ptx"]
