@@ -133,11 +133,7 @@ class LanguageModel:
         new = [token_ids for token_ids, _ in self._tokens(prompts, max_new_tokens, settings, seeds)]
         rows = torch.cat(new, dim=1).tolist() if new else [[] for _ in prompts]
         self.check(rows)
-        texts = []
-        for row in rows:
-            decoder = Utf8Decoder(self.tokenizer)
-            texts.append("".join(decoder.decode(token_id) for token_id in row))  # token ids -> text
-        return texts
+        return [Utf8Decoder(self.tokenizer).decode(*row) for row in rows]  # token ids -> text
 
     def _tokens(
         self,
@@ -185,14 +181,14 @@ class LanguageModel:
 
 
 class Utf8Decoder:
-    """Token ids one by one -> text, held back until a character is whole."""
+    """Token ids, a few at a time -> text, held back until a character is whole."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def decode(self, token_id: int) -> str:
-        return self.utf8.decode(self.tokenizer.token_bytes(token_id))
+    def decode(self, *token_ids: int) -> str:
+        return self.utf8.decode(self.tokenizer.decode_bytes(token_ids))
 
 
 def _seeds(settings: Sampling, num_samples: int) -> list[int]:

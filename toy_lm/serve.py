@@ -90,7 +90,7 @@ class Server:
             if -1 in token_ids[row]:  # the sampler marks a row of logits that it cannot draw from; the others go on
                 request.state = "failed"
                 continue
-            piece = "".join(utf8.decode(token_id) for token_id in token_ids[row])
+            piece = utf8.decode(*token_ids[row])
             request.text += piece
             request.num_tokens += len(token_ids[row])
             if request.num_tokens == request.max_new_tokens:
