@@ -286,7 +286,7 @@ def plot(path: pathlib.Path, cells: Sequence[Cell]) -> str:
         return picture.save(None, path)
     upper, lower = figure.subfigures(2, 1, height_ratios=(3, 2), squeeze=False)[:, 0]
     for part in (upper, lower):
-        part.set_facecolor(picture.CARD)
+        part.set_facecolor("none")  # the figure's own, and its frame, show
     panels = upper.subplots(2, 4, sharex=True, sharey=True)
     ceiling = 1.08 * max([1.0, *(rate for cell in cells if cell.unit == "TFLOP/s" for rate in cell.values.values())])
     titles = [f"head_dim {head_dim}, {mask}" for head_dim in HEAD_DIMS for mask in ("full", "causal")]
@@ -329,7 +329,8 @@ def _draw_ratios(panel, cells: Sequence[Cell]) -> None:
     panel.barh(places, [cell.ratio for cell in cells], color=picture.BLUE, height=0.66)
     for place, cell in zip(places, cells, strict=True):
         times = f"{cell.values[OURS]:.1f} us, best peer {cell.values[OURS] * cell.ratio:.1f} us"
-        panel.text(cell.ratio + 0.01, place, times, va="center", fontsize=8, color=picture.INK)
+        box = {"facecolor": picture.CARD, "edgecolor": "none", "pad": 1}
+        panel.text(cell.ratio + 0.01, place, times, va="center", fontsize=8, color=picture.INK, bbox=box)
     panel.axvline(1.0, color=picture.RED, linewidth=1.6, linestyle="--")
     panel.set_yticks(places, labels, fontsize=8)
     panel.invert_yaxis()
