@@ -6,20 +6,16 @@
 //               whether it is an earlier argument again; every other argument as it is
 //   parameter   a number, of the plan or an argument; or the address of an argument or allocation; or TMA's view of one
 //
-// Also the derivatives of attention, which are op.py's: what autograd does in Python takes as long as a small kernel.
-//
 // Knows torch and CUDA's driver; of Triton the order of a compiled kernel's parameters: those of its signature (a
 // tensor descriptor as its map, its shape, its strides), then two addresses of scratch memory, unused here.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/SmallVector.h>
 #include <cuda.h>
 #include <dlfcn.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -299,86 +295,14 @@ class Replayed : public c10::OperatorKernel {
   std::unordered_map<Key, Entry, Hash> entries_;
 };
 
-// The derivative of an attention op with respect to q, k and v, its first arguments, by the op `backward`.
-struct Attention : torch::autograd::Function<Attention> {
-  using Tensors = torch::autograd::variable_list;
-
-  static Tensors forward(torch::autograd::AutogradContext* ctx, const c10::OperatorHandle& op,
-                         const c10::OperatorHandle& backward, const Tensor& q, const Tensor& k, const Tensor& v,
-                         const std::vector<c10::IValue>& rest) {
-    Stack stack = {q, k, v};
-    stack.insert(stack.end(), rest.begin(), rest.end());
-    {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      op.callBoxed(stack);
-    }
-    const Tensor out = stack[0].toTensor(), lse = stack[1].toTensor();
-    ctx->save_for_backward({q, k, v, out, lse});
-    ctx->saved_data["rest"] = c10::ivalue::Tuple::create(rest);
-    ctx->saved_data["backward"] = reinterpret_cast<int64_t>(&backward);
-    ctx->set_materialize_grads(false);
-    return {out, lse};
-  }
-
-  static Tensors backward(torch::autograd::AutogradContext* ctx, Tensors gradients) {
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "flash_attention has no second derivative (create_graph=True); "
-                "kernels.classic_attention computes the same and can be differentiated any number of times");
-    const auto& [dout, dlse] = std::tie(gradients[0], gradients[1]);
-    if (!dout.defined() && !dlse.defined()) return Tensors(6);
-    const Tensors saved = ctx->get_saved_variables();
-    Stack stack = {dout.defined() ? dout : at::zeros_like(saved[3]),
-                   dlse.defined() ? c10::IValue(dlse) : c10::IValue()};
-    stack.insert(stack.end(), saved.begin(), saved.end());
-    const auto rest = ctx->saved_data["rest"].toTuple();
-    stack.insert(stack.end(), rest->elements().begin(), rest->elements().end());
-    reinterpret_cast<const c10::OperatorHandle*>(ctx->saved_data["backward"].toInt())->callBoxed(stack);
-    return {Tensor(), Tensor(), stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), Tensor()};
-  }
-};
-
-// An attention op as autograd sees it.
-class Differentiated : public c10::OperatorKernel {
- public:
-  explicit Differentiated(c10::OperatorHandle backward) : backward_(std::move(backward)) {}
-
-  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
-    const auto first = stack->end() - op.schema().arguments().size();
-    const Tensor q = first[0].toTensor(), k = first[1].toTensor(), v = first[2].toTensor();
-    if (!at::GradMode::is_enabled() || !(q.requires_grad() || k.requires_grad() || v.requires_grad())) {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      return op.callBoxed(stack);
-    }
-    const std::vector<c10::IValue> rest(first + 3, stack->end());
-    stack->erase(first, stack->end());
-    for (Tensor& x : Attention::apply(op, backward_, q, k, v, rest)) stack->emplace_back(std::move(x));
-  }
-
- private:
-  c10::OperatorHandle backward_;
-};
-
-c10::OperatorHandle find(const std::string& name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(("kernels::" + name).c_str(), "");
-}
-
-void implement(const std::string& name, c10::DispatchKey key, torch::CppFunction function) {
-  static std::vector<torch::Library> kept;  // a Library unregisters its kernels when it is destroyed
-  kept.emplace_back(torch::Library::IMPL, "kernels", key, __FILE__, __LINE__);
-  kept.back().impl(name.c_str(), std::move(function));
-}
-
 // kernels::replay: the op gets its CUDA kernel from here; what it does at first is in the op `in_python`. The numbers
 // `free` among its arguments go to kernels as they are.
 void replay_op(const std::string& name, const std::string& in_python, at::IntArrayRef free) {
-  auto kernel = std::make_unique<Replayed>(find(in_python), free);
-  implement(name, c10::DispatchKey::CUDA, torch::CppFunction::makeFromBoxedFunctor(std::move(kernel)));
-}
-
-// kernels::differentiate: the op gets its derivative from here.
-void differentiate(const std::string& name, const std::string& backward) {
-  auto kernel = std::make_unique<Differentiated>(find(backward));
-  implement(name, c10::DispatchKey::AutogradCUDA, torch::CppFunction::makeFromBoxedFunctor(std::move(kernel)));
+  static std::vector<torch::Library> kept;  // a Library unregisters its kernels when it is destroyed
+  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(("kernels::" + in_python).c_str(), "");
+  auto kernel = std::make_unique<Replayed>(handle, free);
+  kept.emplace_back(torch::Library::IMPL, "kernels", c10::DispatchKey::CUDA, __FILE__, __LINE__);
+  kept.back().impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::move(kernel)));
 }
 
 }  // namespace
@@ -386,5 +310,4 @@ void differentiate(const std::string& name, const std::string& backward) {
 TORCH_LIBRARY_FRAGMENT(kernels, library) {
   library.def("record_plan(Tensor[] allocations, int[] zeroed, int[] outputs, int[] launches) -> ()", &record_plan);
   library.def("replay(str name, str in_python, int[] free) -> ()", &replay_op);
-  library.def("differentiate(str name, str backward) -> ()", &differentiate);
 }

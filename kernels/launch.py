@@ -42,7 +42,7 @@ _watching = threading.local()
 class Replaying:
     """Registers CUDA kernels of this project's ops, which are replayed from C++ once they have been watched.
 
-    An op X_forward gets its derivative from C++ too, by the op X_backward. Needs `launch.cpp` to be loaded.
+    Needs `launch.cpp` to be loaded.
     """
 
     def __init__(self) -> None:
@@ -61,8 +61,6 @@ class Replaying:
         self.library.define(f"{name}_in_python({arguments}, bool watch) -> {returns}")
         self.library.impl(f"{name}_in_python", in_python, "CUDA")
         torch.ops.kernels.replay(name, f"{name}_in_python", list(free.values()))
-        if name.endswith("_backward"):
-            torch.ops.kernels.differentiate(f"{name.removesuffix('backward')}forward", name)
 
 
 class Watch(TorchDispatchMode):

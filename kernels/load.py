@@ -6,8 +6,8 @@ A device is bound once per process, by `load(device)` or by the first call of an
            kernels with torch itself (`STABLE_TORCH_LIBRARY_IMPL`). The shared objects are cached, so that the
            compiler runs once per source, compiler, flags and torch release.
     cuda   the Triton launchers are imported and registered. Triton compiles a kernel at its first launch and caches it.
-           `launch.cpp`, compiled as the above, spares later calls the launchers' Python; where it cannot be compiled, a
-           line says so and launchers stay in Python.
+           `launch.cpp` and `autograd.cpp`, compiled as the above, spare later calls the launchers' and autograd's
+           Python; where they cannot be compiled, a line says so and both stay in Python.
 
 Where a compiler (or Triton) is missing, one visible line says so and the reference implementations are bound.
 `TOY_LM_KERNELS=fused` makes that an error; `TOY_LM_KERNELS=reference` asks for the references.
@@ -142,7 +142,8 @@ def _bind_cuda() -> str:
 
     how = "launched from C++"
     try:
-        torch.ops.load_library(build_launch()[0])
+        for built in build_launch():
+            torch.ops.load_library(built)
     except BuildError as error:
         warnings.warn(f"cuda: kernels will be launched from Python (slower), because: {error}", stacklevel=5)
         how = "launched from Python"
@@ -156,11 +157,12 @@ def _bind_cuda() -> str:
 
 
 def build_launch() -> list[pathlib.Path]:
-    """`build` launch.cpp, on torch's own classes, not its stable ABI; Triton brings CUDA's header."""
+    """`build` what CUDA's ops need: on torch's own classes, not its stable ABI; Triton brings CUDA's header."""
     import triton
 
     cuda = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    return build([HERE / "launch.cpp"], extra_flags=("-UTORCH_TARGET_VERSION", "-O1", f"-isystem{cuda}"))
+    sources = [HERE / "launch.cpp", HERE / "flash_attention" / "autograd.cpp"]
+    return build(sources, extra_flags=("-UTORCH_TARGET_VERSION", "-O1", f"-isystem{cuda}"))
 
 
 def _bind_cpu() -> str:
