@@ -28,6 +28,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -106,6 +107,26 @@ float max_of(Float v) {
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
   return m;
+}
+
+// a or b, whichever is larger, in each lane; b where a is NaN.
+Float larger(Float a, Float b) {
+#if !defined(TOY_LM_PLAIN) && defined(__AVX512F__) && defined(__AVX512DQ__)
+  return (Float)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// a * b + c, rounded once where the machine has an instruction for it.
+Float multiply_add(Float a, Float b, Float c) {
+#if !defined(TOY_LM_PLAIN) && defined(__AVX512F__) && defined(__AVX512DQ__)
+  return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif !defined(TOY_LM_PLAIN) && defined(__AVX2__) && defined(__FMA__)
+  return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
 }
 
 // Bit i says that v[i] is negative.
@@ -460,7 +481,7 @@ int64_t share(int64_t total, float p) {
   return (total >> 31) * p_bits + ((total & 0x7fffffff) * p_bits >> 31);
 }
 
-// 2^y for y in [-126, 0] as a mantissa and a whole exponent.
+// 2^y for y in [-63, 0] as a mantissa and a whole exponent.
 template <class F>
 F exp2_fraction(F y, F& whole) {
   whole = (y + kRound) - kRound;
@@ -541,23 +562,24 @@ float row_max(const Row<T>& row) {
   return max_of(largest);
 }
 
-// log(sum(exp(x - max))).
+// log(sum(exp(x - max))). No token depends on it, so that it may round as it likes: here with fused multiply-adds.
 template <class T>
 float log_sum_exp(const Row<T>& row, float max) {
-  double total = 0.0;
+  double totals[kLanes] = {};
   row.for_blocks([&](int64_t, const float* x, int64_t count) {
     Float sum{};
     for (int64_t i = 0; i < count; i += kLanes) {
-      Float y = (load<Float>(x + i) - max) * kLog2E, whole;
-      const Int in_range = y >= -126.0f;
-      y = in_range ? y : broadcast(-126.0f);
-      const Float power = exp2_fraction(y, whole);
-      const Float scale = (Float)((__builtin_convertvector(whole, Int) + 127) << 23);
-      sum += in_range ? power * scale : Float{};
+      const Float y = larger((load<Float>(x + i) - max) * kLog2E, broadcast(-126.0f));  // 2^-126 adds nothing to 1
+      const Float rounded = y + kRound, fraction = y - (rounded - kRound);
+      Float power = broadcast(kExp2[0]);
+      for (int j = 1; j < 5; ++j) power = multiply_add(power, fraction, broadcast(kExp2[j]));
+      power = multiply_add(power, fraction, broadcast(1.0f));
+      // The lowest bits of `rounded` are the whole part of y: added to the exponent, they multiply by 2 to it.
+      sum += (Float)((Int)power + ((Int)rounded << 23));
     }
-    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    for (int i = 0; i < kLanes; ++i) totals[i] += sum[i];
   });
-  return float(std::log(total));
+  return float(std::log(std::accumulate(totals, totals + kLanes, 0.0)));
 }
 
 // Which tokens of a row may be drawn: those no worse than a candidate, and at least so heavy.
