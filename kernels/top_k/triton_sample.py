@@ -47,7 +47,6 @@ from kernels.top_k.triton_select import (
     random_below,
     rate_of,
     share,
-    tensor_key,
     tile_warps,
     value_of_key,
 )
@@ -338,7 +337,6 @@ def sample(
     strides = [0 if tensor is None else tensor.stride(0) for tensor in tensors]
     greedy = temperature == 0.0 and temperatures is None
     per_row = sum(1 << i for i, tensor in enumerate(tensors) if tensor is not None)
-    aligned = [tensor.data_ptr() % 16 for tensor in tensors if tensor is not None]
     job = _Job(
         logits=logits,
         outputs=(token_ids, logprobs),
@@ -349,7 +347,6 @@ def sample(
         may_drop_light=min_p > 0.0 or min_ps is not None,
         most_kept=1 if greedy else -1 if top_k == 0 and top_ks is None else top_k,
         logprobs=return_logprobs,
-        key=(*tensor_key(logits), return_logprobs, per_row, top_k, seed >= 2**31, step >= 2**31, *strides, *aligned),
     )
     with torch.cuda.device_of(logits):
         if logits.shape[1] <= MAX_TILE:
@@ -374,7 +371,6 @@ class _Job:
     may_drop_light: bool
     most_kept: int  # no row keeps more tokens than this; 0: not known here; -1: no row but a greedy one has a limit
     logprobs: bool
-    key: tuple  # for `launch`
 
     def row_arguments(self, with_outputs: bool = False) -> tuple:
         """What the kernels that handle rows begin with."""
@@ -401,13 +397,13 @@ def _whole_row(job: _Job) -> None:
         "NUM_GROUPS": 0,
         "NUM_CHUNKS": 0,
     }
-    launch(_sample_tile, batch, arguments, constants, tile_warps(tile), job.key)
+    launch(_sample_tile, batch, arguments, constants, tile_warps(tile))
 
 
 def _best_groups(job: _Job) -> None:
     batch, vocab_size = job.logits.shape
     group, chosen = choose_group(vocab_size, job.most_kept)
-    group_keys, partials, _, num_groups, num_chunks = launch_group_maxima(job.logits, group, job.logprobs, job.key)
+    group_keys, partials, _, num_groups, num_chunks = launch_group_maxima(job.logits, group, job.logprobs)
     chosen_groups = job.logits.new_empty((batch, chosen), dtype=torch.int32)
     scratch = (group_keys, partials, chosen_groups, num_groups, num_chunks)
     constants = {
@@ -422,7 +418,7 @@ def _best_groups(job: _Job) -> None:
         "NUM_CHUNKS": power_of_2(num_chunks),
     }
     warps = tile_warps(max(chosen * group, num_groups), PER_GROUPS_WARP)
-    launch(_sample_tile, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, warps, job.key)
+    launch(_sample_tile, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, warps)
 
 
 def _group_by_group(job: _Job) -> None:
@@ -435,7 +431,7 @@ def _group_by_group(job: _Job) -> None:
     sample = min(power_of_2(vocab_size) // SAMPLE_PART, MAX_SAMPLE)
     temperature, _, top_p, min_p, _, _, temperature_stride, _, top_p_stride, min_p_stride, _, _ = job.parameters
     mass_at = (temperature, temperature_stride, job.per_row) if cut_by_mass else None
-    group_keys, partials, masses, _, num_chunks = launch_group_maxima(logits, CHUNK, job.logprobs, job.key, mass_at)
+    group_keys, partials, masses, _, num_chunks = launch_group_maxima(logits, CHUNK, job.logprobs, mass_at)
     brackets = logits.new_empty((batch, 2), dtype=torch.int32)
     counts = logits.new_empty((batch,), dtype=torch.int32) if cut_by_mass else None
     listed = logits.new_empty((batch, list_length + GROUP), dtype=torch.int64) if cut_by_mass else None
@@ -444,15 +440,15 @@ def _group_by_group(job: _Job) -> None:
     filters = {"CUT": cut_by_rank, "TOP_P": cut_by_mass, "MIN_P": job.may_drop_light, "LIST": list_length}
     if cut_by_rank:
         arguments: tuple = (*job.row_arguments(), group_keys, brackets, num_chunks)
-        launch(_find_cut, batch, arguments, {**common, "BLOCK": CHUNK}, CHUNK_WARPS, job.key)
+        launch(_find_cut, batch, arguments, {**common, "BLOCK": CHUNK}, CHUNK_WARPS)
     if cut_by_mass:
         arguments = (logits, group_keys, masses, brackets, counts, vocab_size, logits.stride(0), num_chunks)
         arguments += (temperature, top_p, temperature_stride, top_p_stride)
-        launch(find_bracket, batch, arguments, {**common, "SAMPLE": sample}, max(1, sample // 1024), job.key)
+        launch(find_bracket, batch, arguments, {**common, "SAMPLE": sample}, max(1, sample // 1024))
     arguments = (logits, group_keys, brackets, counts, listed, group_sums, batch, vocab_size, logits.stride(0))
     arguments += (num_chunks, num_groups, temperature, min_p, temperature_stride, min_p_stride)
     constants = {**common, **filters, "GROUPS": WEIGH_WARPS, "GROUP": GROUP}
-    launch(weigh_groups, batch * blocks(num_groups, WEIGH_WARPS), arguments, constants, WEIGH_WARPS, job.key)
+    launch(weigh_groups, batch * blocks(num_groups, WEIGH_WARPS), arguments, constants, WEIGH_WARPS)
     scratch = (group_keys, partials, brackets, counts, listed, group_sums, num_chunks, num_groups)
     constants = {**common, **filters, "LOGPROBS": job.logprobs, "NUM_GROUPS": power_of_2(num_groups), "GROUP": GROUP}
-    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, DRAW_WARPS, job.key)
+    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, DRAW_WARPS)

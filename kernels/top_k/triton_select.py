@@ -228,30 +228,10 @@ def blocks(n: int, size: int) -> int:
     return -(-n // size)
 
 
-_compiled: dict[tuple, Any] = {}
-
-
-def launch(kernel: Any, programs: int, arguments: tuple, constants: dict, num_warps: int, key: tuple) -> None:
-    """kernel[(programs,)](*arguments, **constants), at a fraction of the time on the host.
-
-    Triton looks at every argument of every launch to see whether a new variant has to be compiled: tens of
-    microseconds, as long as a kernel takes. Here that is done once per `key`, which therefore has to tell apart
-    whatever Triton would: the types, what is 1 or a multiple of 16, and which pointers are aligned to 16 bytes.
-    """
-    key = (id(kernel), num_warps, key, *constants.values())
-    compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
-        if compiled is not None:  # Triton's interpreter returns nothing
-            _compiled[key] = compiled
-    else:
-        compiled[(programs, 1, 1)](*arguments, *constants.values())
+def launch(kernel: Any, programs: int, arguments: tuple, constants: dict, num_warps: int) -> None:
+    """kernel[(programs,)](*arguments, **constants), reported to `kernels.launch`; constants are the last parameters."""
+    compiled = kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
     launched(compiled, (programs,), (*arguments, *constants.values()))
-
-
-def tensor_key(x: Tensor) -> tuple:
-    """What `launch` has to know about a matrix of rows."""
-    return x.dtype, x.shape[0], x.shape[1], x.stride(0), x.data_ptr() % 16, x.device.index
 
 
 def tile_warps(tile: int, per_warp: int = 512) -> int:
@@ -268,7 +248,7 @@ def choose_group(n: int, k: int) -> tuple[int, int]:
 
 
 def launch_group_maxima(
-    x: Tensor, group: int, sum_exp: bool, key: tuple, mass_at: tuple | None = None
+    x: Tensor, group: int, sum_exp: bool, mass_at: tuple | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, int, int]:
     """Run `group_maxima`: keys (batch, num_groups), partials, masses, and how many groups and chunks a row has.
 
@@ -289,5 +269,5 @@ def launch_group_maxima(
         "GROUP": group,
         "CHUNK": CHUNK,
     }
-    launch(group_maxima, batch * num_chunks, arguments, constants, CHUNK_WARPS, key)
+    launch(group_maxima, batch * num_chunks, arguments, constants, CHUNK_WARPS)
     return group_keys, partials, masses, num_groups, num_chunks

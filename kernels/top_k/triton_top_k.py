@@ -29,7 +29,6 @@ from kernels.top_k.triton_select import (
     launch_group_maxima,
     ordered_key,
     power_of_2,
-    tensor_key,
     tile_warps,
     value_of_key,
 )
@@ -140,32 +139,31 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices = x.new_empty((batch, k)), x.new_empty((batch, k), dtype=torch.int64)
     if batch == 0:
         return values, indices
-    key = (*tensor_key(x), k)
     with torch.cuda.device_of(x):
         if n <= MAX_SORTED_WHOLE:
             block = max(16, power_of_2(n))
             rows = max(1, SORTED_PER_PROGRAM // block)
             arguments = (x, values, indices, batch, n, x.stride(0), k)
             constants = {"BITS": key_bits(x.dtype), "ROWS": rows, "BLOCK": block}
-            launch(_top_k_short, blocks(batch, rows), arguments, constants, SORTED_WARPS, key)
+            launch(_top_k_short, blocks(batch, rows), arguments, constants, SORTED_WARPS)
             return values, indices
         candidates = x.new_empty((batch, k), dtype=torch.int64)
         if k <= MAX_GROUPS_CHOSEN:
-            _select_and_sort(x, k, candidates, values, indices, key)
+            _select_and_sort(x, k, candidates, values, indices)
             return values, indices
-        launch(_top_k_long, batch, (x, candidates, n, x.stride(0), k), {"BLOCK": CHUNK}, CHUNK_WARPS, key)
+        launch(_top_k_long, batch, (x, candidates, n, x.stride(0), k), {"BLOCK": CHUNK}, CHUNK_WARPS)
     indices = torch.sort(candidates, dim=-1, descending=True).values.bitwise_and_(0x7FFFFFFF).neg_().add_(0x7FFFFFFF)
     return x.gather(-1, indices) + 0.0, indices
 
 
-def _select_and_sort(x: Tensor, k: int, candidates: Tensor, values: Tensor, indices: Tensor, key: tuple) -> None:
+def _select_and_sort(x: Tensor, k: int, candidates: Tensor, values: Tensor, indices: Tensor) -> None:
     batch, n = x.shape
     if n <= MAX_TILE:
         group, tile, num_groups = 0, power_of_2(n), 0
         group_keys = chosen_groups = None
     else:
         group, chosen = choose_group(n, k)
-        group_keys, _, _, num_groups, _ = launch_group_maxima(x, group, False, key)
+        group_keys, _, _, num_groups, _ = launch_group_maxima(x, group, False)
         tile, chosen_groups = chosen * group, x.new_empty((batch, chosen), dtype=torch.int32)
     arguments = (x, values, indices, n, x.stride(0), k, group_keys, chosen_groups, candidates, num_groups)
     constants = {
@@ -175,4 +173,4 @@ def _select_and_sort(x: Tensor, k: int, candidates: Tensor, values: Tensor, indi
         "NUM_GROUPS": power_of_2(num_groups),
         "K": max(16, power_of_2(k)),
     }
-    launch(_top_k_tile, batch, arguments, constants, tile_warps(max(tile, num_groups)), key)
+    launch(_top_k_tile, batch, arguments, constants, tile_warps(max(tile, num_groups)))
