@@ -55,6 +55,24 @@ inline float to_float(BFloat16 x) {
 inline void narrow(float x, float* to) { *to = x; }
 inline void narrow(float x, BFloat16* to) { to->bits = torch::headeronly::BFloat16(x).x; }
 
+// kLanes numbers, rounded as one by one.
+inline void narrow(Vec<float> x, float* to) { store(to, x); }
+
+inline void narrow(Vec<float> x, BFloat16* to) {
+  typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
+  const Vec<uint32_t> bits = (Vec<uint32_t>)x;
+  const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Half halves = __builtin_convertvector(x == x ? rounded : rounded * 0 + 0x7fc0, Half);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+template <class T>
+void narrow(const float* from, int64_t size, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) narrow(load(from + i), to + i);
+  for (; i < size; ++i) narrow(from[i], to + i);
+}
+
 inline Vec<float> widen(const float* p) { return load<float>(p); }
 
 inline Vec<float> widen(const BFloat16* p) {
@@ -185,41 +203,99 @@ void multiply_range(const T* w, int64_t begin, int64_t end, const float* x, int6
 
 #if defined(TOY_LM_BF16_PAIRS)
 // The same for bf16 weights where the machine multiplies pairs of them: x is rounded to bf16, `pairs` has it as
-// [size / 2][columns][2] with columns = batch rounded up to 16, and all sequences go through the tiles at once.
+// [size / 2][columns][2], and all sequences go through the tiles at once.
 constexpr int64_t kPairRows = 32, kTransposed = 4;  // rows in a block; sequences that are worth a transposition
 
 inline bool in_pairs(int64_t size) { return size % 32 == 0 && Bf16PairProducts::worthwhile(); }
 
+// use(n + r, b, products[r][b]) for products [rows][columns], `batch` columns of which count.
+template <class F>
+void use_block(const float* products, int64_t columns, int64_t n, int64_t rows, int64_t batch, const F& use) {
+  if (batch < kTransposed) {
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t r = 0; r < rows; ++r) use(n + r, b, products[r * columns + b]);
+    return;
+  }
+  constexpr int64_t kAtOnce = 64;
+  float by_sequence[kAtOnce * kPairRows];
+  for (int64_t first = 0; first < batch; first += kAtOnce) {
+    const int64_t count = std::min(kAtOnce, batch - first);
+    transpose(products + first, columns, rows, count, by_sequence, kPairRows);
+    for (int64_t b = 0; b < count; ++b)
+      for (int64_t r = 0; r < rows; ++r) use(n + r, first + b, by_sequence[b * kPairRows + r]);
+  }
+}
+
+#if defined(TOY_LM_AMX)
+// Up to 16 sequences fit a tile. One as narrow as they are takes less time to write, to hand to another core and to
+// load: for a single sequence it is a sixteenth.
+inline bool fits_a_tile(int64_t batch) { return batch <= 16 && tiles_granted(); }
+
+template <class F>
+void multiply_in_a_tile(const BFloat16* w, int64_t begin, int64_t end, const uint32_t* pairs, int64_t batch,
+                        int64_t size, const F& use) {
+  // Tiles 0 and 1 hold the products of 16 rows each, 2 and 3 the rows, 4 the sequences.
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {16, 16, 16, 16, 16};
+  } config;
+  for (int tile : {0, 1, 4}) config.row_bytes[tile] = uint16_t(4 * batch);
+  for (int tile : {2, 3}) config.row_bytes[tile] = 64;
+  _tile_loadconfig(&config);
+  float products[kPairRows * 16];
+  for (int64_t n = begin; n < end; n += kPairRows) {
+    const int64_t rows = std::min(kPairRows, end - n);
+    const BFloat16 *first = w + n * size, *second = rows > 16 ? first + 16 * size : first;  // the last 16 may be alone
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t l = 0; l < size; l += 32) {
+      _tile_loadd(4, pairs + l / 2 * batch, 4 * batch);
+      _tile_loadd(2, first + l, 2 * size);
+      _tile_dpbf16ps(0, 2, 4);
+      _tile_loadd(3, second + l, 2 * size);
+      _tile_dpbf16ps(1, 3, 4);
+    }
+    _tile_stored(0, products, 4 * batch);
+    _tile_stored(1, products + 16 * batch, 4 * batch);
+    asm volatile("" ::: "memory");  // the compiler does not know that tiles read and write memory
+    use_block(products, batch, n, rows, batch, use);
+  }
+  _tile_release();
+}
+#else
+inline bool fits_a_tile(int64_t) { return false; }
+#endif
+
+inline int64_t pair_columns(int64_t batch) { return fits_a_tile(batch) ? batch : (batch + 15) / 16 * 16; }
+
 template <class F>
 void multiply_pairs(const BFloat16* w, int64_t begin, int64_t end, const std::vector<uint32_t>& pairs, int64_t batch,
                     int64_t size, const F& use) {
+#if defined(TOY_LM_AMX)
+  if (fits_a_tile(batch)) return multiply_in_a_tile(w, begin, end, pairs.data(), batch, size, use);
+#endif
   [[maybe_unused]] const Bf16PairProducts::Session session;
-  const int64_t columns = (batch + 15) / 16 * 16;
-  std::vector<float> products(kPairRows * columns), by_sequence(columns * kPairRows);
+  const int64_t columns = pair_columns(batch);
+  std::vector<float> products(kPairRows * columns);
   for (int64_t n = begin; n < end; n += kPairRows) {
     const int64_t rows = std::min(kPairRows, end - n);
     Bf16PairProducts::multiply(rows, columns, size, {w + n * size, size, 1},
                                reinterpret_cast<const BFloat16*>(pairs.data()), columns, products.data(), columns,
                                true);
-    if (batch < kTransposed) {
-      for (int64_t b = 0; b < batch; ++b)
-        for (int64_t r = 0; r < rows; ++r) use(n + r, b, products[r * columns + b]);
-    } else {
-      transpose(products.data(), columns, rows, batch, by_sequence.data(), kPairRows);
-      for (int64_t b = 0; b < batch; ++b)
-        for (int64_t r = 0; r < rows; ++r) use(n + r, b, by_sequence[b * kPairRows + r]);
-    }
+    use_block(products.data(), columns, n, rows, batch, use);
   }
 }
 
 void pack_pairs(const float* x, int64_t batch, int64_t size, std::vector<uint32_t>& pairs) {
-  const int64_t columns = (batch + 15) / 16 * 16, half = size / 2;
+  const int64_t columns = pair_columns(batch), half = size / 2;
   std::vector<uint32_t> by_sequence(batch * half);
   for (int64_t i = 0; i < batch * size; i += 32) {
     const __m512bh both = _mm512_cvtne2ps_pbh((__m512)load(x + i + 16), (__m512)load(x + i));
     std::memcpy(&by_sequence[i / 2], &both, sizeof both);
   }
-  pairs.resize(half * columns);
+  if (columns == 1) return pairs.swap(by_sequence);
+  pairs.resize(half * columns + 16);  // `transpose` stores whole vectors, each over the end of the one before
   if (batch < kTransposed) {
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t i = 0; i < half; ++i) pairs[i * columns + b] = by_sequence[b * half + i];
@@ -266,17 +342,18 @@ void multiply(const Tensor& w, const OptionalTensor& scale, int64_t layer, const
 
 // hidden[b][n] = silu(gate) * up, from what the products left: [batch][2 rows], the gates before the ups.
 void gate(const float* products, int64_t rows, int64_t batch, float* hidden) {
+  const auto silu = [](Vec<float> x) { return x / (1.0f + exp2(x * -float(kLog2E))); };
   torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / rows), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      for (int64_t n = 0; n < rows; n += kLanes) {
-        float gates[kLanes] = {}, ups[kLanes] = {};
-        const size_t bytes = std::min<int64_t>(kLanes, rows - n) * sizeof(float);
-        std::memcpy(gates, products + b * 2 * rows + n, bytes);
-        std::memcpy(ups, products + (b * 2 + 1) * rows + n, bytes);
-        const Vec<float> x = load(gates);
-        store(ups, x / (1.0f + exp2(x * -float(kLog2E))) * load(ups));
-        std::memcpy(hidden + b * rows + n, ups, bytes);
-      }
+      const float *gates = products + b * 2 * rows, *ups = gates + rows;
+      int64_t n = 0;
+      for (; n + kLanes <= rows; n += kLanes) store(hidden + b * rows + n, silu(load(gates + n)) * load(ups + n));
+      if (n == rows) continue;
+      float last[2][kLanes] = {};
+      std::copy(gates + n, gates + rows, last[0]);
+      std::copy(ups + n, ups + rows, last[1]);
+      store(last[0], silu(load(last[0])) * load(last[1]));
+      std::copy(last[0], last[0] + (rows - n), hidden + b * rows + n);
     }
   });
 }
@@ -286,24 +363,31 @@ template <class T>
 void norm(const float* x, const T* scale, int64_t size, double eps, float* out) {
   const float squares = dot(x, x, size);
   const float factor = 1.0f / std::sqrt(squares / float(size) + float(eps));
-  for (int64_t i = 0; i < size; ++i) out[i] = x[i] * factor * to_float(scale[i]);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(out + i, load(x + i) * factor * widen(scale + i));
+  for (; i < size; ++i) out[i] = x[i] * factor * to_float(scale[i]);
 }
 
 // Turns each pair (x_i, x_{i + head_dim / 2}) by its angle.
 void rotate(float* x, const float* cos, const float* sin, int64_t head_dim) {
   const int64_t half = head_dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec<float> first = load(x + i), second = load(x + i + half);
+    store(x + i, first * load(cos + i) - second * load(sin + i));
+    store(x + i + half, second * load(cos + i) + first * load(sin + i));
+  }
+  for (; i < half; ++i) {
     const float first = x[i], second = x[i + half];
     x[i] = first * cos[i] - second * sin[i];
     x[i + half] = second * cos[i] + first * sin[i];
   }
 }
 
-// softmax(q k^T / sqrt(head_dim)) v over the keys 0 to seqlen - 1; `p` has room for them.
+// softmax(q k^T / sqrt(head_dim)) v over the keys 0 to seqlen - 1; `p` has room for them, in whole vectors.
 template <class T>
 void attend(const float* q, const T* k, const T* v, int64_t seqlen, int64_t head_dim, float* p, float* out) {
   const float scale = float(kLog2E) / std::sqrt(float(head_dim));
-  float row_max = -std::numeric_limits<float>::infinity();
   int64_t key = 0;
   for (; key + kLanes <= seqlen; key += kLanes) {  // as many keys at once as there are lanes for their scores
     Vec<float> sums[kLanes] = {};
@@ -316,18 +400,16 @@ void attend(const float* q, const T* k, const T* v, int64_t seqlen, int64_t head
       for (int i = 0; i < kLanes; ++i) p[key + i] += scale * to_float(rows[i * head_dim + d]) * q[d];
   }
   for (; key < seqlen; ++key) p[key] = scale * dot(k + key * head_dim, q, head_dim);
-  for (int64_t j = 0; j < seqlen; ++j) row_max = std::max(row_max, p[j]);
-  float row_sum = 0.0f;
-  for (int64_t j = 0; j < seqlen; j += kLanes) {
-    float lanes[kLanes];
-    const int count = int(std::min<int64_t>(kLanes, seqlen - j));
-    for (int i = 0; i < kLanes; ++i)
-      lanes[i] = i < count ? p[j + i] - row_max : -std::numeric_limits<float>::infinity();
-    const Vec<float> weights = exp2(load(lanes));
-    row_sum += total(weights);
-    store(lanes, weights);
-    std::memcpy(p + j, lanes, count * sizeof(float));
+  for (; key % kLanes; ++key) p[key] = -std::numeric_limits<float>::infinity();
+  Vec<float> largest = load(p), sums = broadcast(0.0f);
+  for (int64_t j = kLanes; j < key; j += kLanes) largest = max<float>(largest, load(p + j));
+  const float row_max = max_lanes<float>(largest);
+  for (int64_t j = 0; j < key; j += kLanes) {
+    const Vec<float> weights = exp2(load(p + j) - row_max);
+    sums += weights;
+    store(p + j, weights);
   }
+  const float row_sum = total(sums);
   const float factor = 1.0f / row_sum;
   int64_t d = 0;
   for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
@@ -384,7 +466,7 @@ void attention_pass(const Arguments& a, int64_t layer, std::vector<float>& qkv, 
   const T* q_norm = data<T>(a.q_norm) + layer * head_dim;
   const T* k_norm = data<T>(a.k_norm) + layer * head_dim;
   torch::stable::parallel_for(0, a.batch() * kv_heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> p(capacity);
+    std::vector<float> p(capacity + kLanes);
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t b = pair / kv_heads, kv_head = pair % kv_heads, position = data<int32_t>(a.positions)[b];
       const float* cos = data<float>(a.cos) + position * (head_dim / 2);
@@ -394,10 +476,8 @@ void attention_pass(const Arguments& a, int64_t layer, std::vector<float>& qkv, 
       norm(k, k_norm, head_dim, a.norm_eps, k);
       rotate(k, cos, sin, head_dim);
       const int64_t cached = ((layer * a.batch() + b) * kv_heads + kv_head) * capacity * head_dim;
-      for (int64_t d = 0; d < head_dim; ++d) {
-        narrow(k[d], &k_cache[cached + position * head_dim + d]);
-        narrow(v[d], &v_cache[cached + position * head_dim + d]);
-      }
+      narrow(k, head_dim, k_cache + cached + position * head_dim);
+      narrow(v, head_dim, v_cache + cached + position * head_dim);
       for (int64_t head = kv_head * groups; head < (kv_head + 1) * groups; ++head) {
         float* q = &qkv[b * rows + head * head_dim];
         norm(q, q_norm, head_dim, a.norm_eps, q);
