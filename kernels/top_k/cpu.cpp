@@ -481,11 +481,11 @@ int64_t share(int64_t total, float p) {
   return (total >> 31) * p_bits + ((total & 0x7fffffff) * p_bits >> 31);
 }
 
-// 2^y for y in [-63, 0] as a mantissa and a whole exponent.
+// 2^(y - whole), in [0.7, 1.42], where `rounded` is kRound + whole, and whole the whole number next to y in [-126, 0].
 template <class F>
-F exp2_fraction(F y, F& whole) {
-  whole = (y + kRound) - kRound;
-  const F fraction = y - whole;
+F exp2_fraction(F y, F& rounded) {
+  rounded = y + kRound;
+  const F fraction = y - (rounded - kRound);
   F power = fraction * kExp2[0] + kExp2[1];
   power = power * fraction + kExp2[2];
   power = power * fraction + kExp2[3];
@@ -493,11 +493,14 @@ F exp2_fraction(F y, F& whole) {
   return power * fraction + 1.0f;
 }
 
+// x * 2^whole: the lowest bits of `rounded` are those of `whole`, and are added to the exponent.
+Float times_power_of_2(Float x, Float rounded) { return (Float)((Int)x + ((Int)rounded << 23)); }
+
 int64_t weight(float z, float rate) {
-  float y = z * rate, whole;
+  float y = z * rate, rounded;
   y = y < -63.0f ? -63.0f : y;
-  const float power = exp2_fraction(y, whole);
-  return (int64_t(power * 0x1p24f) << (kWeightBits - 24)) >> int(-whole);
+  const float power = exp2_fraction(y, rounded);
+  return (int64_t(power * 0x1p24f) << (kWeightBits - 24)) >> int(kRound - rounded);
 }
 
 // `weight` for a vector, in two halves.
@@ -506,12 +509,18 @@ struct Weights {
 };
 
 Weights weights(Float z, float rate) {
-  Float y = z * rate, whole;
-  y = y < -63.0f ? broadcast(-63.0f) : y;
-  const Float power = exp2_fraction(y, whole);
-  const Int mantissa = __builtin_convertvector(power * 0x1p24f, Int), shift = __builtin_convertvector(-whole, Int);
+  Float rounded;
+  const Float power = exp2_fraction(larger(z * rate, broadcast(-63.0f)), rounded);
+#if !defined(TOY_LM_PLAIN) && defined(__AVX512F__) && defined(__AVX512DQ__)
+  const __m512 all = (__m512)times_power_of_2(power * 0x1p40f, rounded);
+  return {(Long)_mm512_cvttps_epi64(_mm512_castps512_ps256(all)),
+          (Long)_mm512_cvttps_epi64(_mm512_extractf32x8_ps(all, 1))};
+#else
+  const Int mantissa = __builtin_convertvector(power * 0x1p24f, Int);
+  const Int shift = __builtin_convertvector(kRound - rounded, Int);
   return {(widen_half<0>(mantissa) << (kWeightBits - 24)) >> widen_half<0>(shift),
           (widen_half<1>(mantissa) << (kWeightBits - 24)) >> widen_half<1>(shift)};
+#endif
 }
 
 float rate_of(float temperature) { return kLog2E / std::max(temperature, kMinTemperature); }
@@ -574,8 +583,7 @@ float log_sum_exp(const Row<T>& row, float max) {
       Float power = broadcast(kExp2[0]);
       for (int j = 1; j < 5; ++j) power = multiply_add(power, fraction, broadcast(kExp2[j]));
       power = multiply_add(power, fraction, broadcast(1.0f));
-      // The lowest bits of `rounded` are the whole part of y: added to the exponent, they multiply by 2 to it.
-      sum += (Float)((Int)power + ((Int)rounded << 23));
+      sum += times_power_of_2(power, rounded);
     }
     for (int i = 0; i < kLanes; ++i) totals[i] += sum[i];
   });
