@@ -1005,6 +1005,14 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
 
 constexpr int64_t kPair = 2 * kWidth<float>;
 
+template <class T>
+struct CacheRows {
+  const T* first;
+  int64_t stride;
+
+  const T* row(int64_t i) const { return first + i * stride; }
+};
+
 struct Pair {
   Vec<float> x, y;
 };
@@ -1024,15 +1032,25 @@ int64_t place_in_row(int64_t i) {
   return i - lane + (lane < kWidth<float> ? 2 * lane : 2 * (lane - kWidth<float>)+1);
 }
 
-// s[r][n] = q_r . k_n for kRows queries and `keys` keys. q [rows][padded_dim] in the order of pairs; s [rows][kBlockN]
+// Asks for a row that the next stage will read: while scores are computed, the values; then the next block's keys. The
+// processor's own prefetching would start anew at every stage.
+template <class T>
+inline void prefetch(const T* row, int64_t head_dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(row + d);
+}
+
+// s[r][n] = q_r . k_n for kRows queries and `keys` keys. q [rows][padded_dim] in the order of pairs; s [rows][kBlockN].
+// `next` is what will be read after k.
 template <int kRows, class T>
-TOY_LM_NOINLINE void decode_scores(const float* q, int64_t padded_dim, const T* k, int64_t k_stride, int64_t keys,
-                                   float* s) {
+TOY_LM_NOINLINE void decode_scores(const float* q, int64_t padded_dim, const CacheRows<T>& k, int64_t keys,
+                                   const CacheRows<T>& next, float* s) {
   constexpr int W = kWidth<float>, kKeys = W / kRows;
   for (int64_t n = 0; n < keys; n += kKeys) {
     Vec<float> sums[W] = {};
     const T* row[kKeys];
-    for (int i = 0; i < kKeys; ++i) row[i] = k + std::min(n + i, keys - 1) * k_stride;
+    for (int i = 0; i < kKeys; ++i) row[i] = k.row(std::min(n + i, keys - 1));
+    for (int i = 0; i < kKeys; ++i) prefetch(next.row(n + i), padded_dim);
     for (int64_t d = 0; d < padded_dim; d += kPair) {
       Pair q_d[kRows];
 #pragma GCC unroll 4
@@ -1056,21 +1074,22 @@ TOY_LM_NOINLINE void decode_scores(const float* q, int64_t padded_dim, const T* 
 
 // acc_r = alpha_r acc_r + sum_n p[r][n] v_n for kRows queries and kPairs pairs of columns. p [rows][kBlockN]
 template <int kRows, int kPairs, class T>
-inline void decode_values_tile(const float* p, const float* alpha, const T* v, int64_t v_stride, int64_t keys,
-                               float* acc, int64_t padded_dim) {
+inline void decode_values_tile(const float* p, const float* alpha, const CacheRows<T>& v, int64_t keys,
+                               const CacheRows<T>& next, int64_t d, float* acc, int64_t padded_dim) {
   constexpr int W = kWidth<float>;
   Pair sums[kRows][kPairs];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < kPairs; ++j) {
-      const float* at = acc + r * padded_dim + j * kPair;
+      const float* at = acc + r * padded_dim + d + j * kPair;
       sums[r][j] = {load(at) * alpha[r], load(at + W) * alpha[r]};
     }
   for (int64_t n = 0; n < keys; ++n) {
+    prefetch(next.row(n) + d, kPairs * kPair);
     Pair v_n[kPairs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kPairs; ++j) v_n[j] = load_pair(v + n * v_stride + j * kPair);
+    for (int j = 0; j < kPairs; ++j) v_n[j] = load_pair(v.row(n) + d + j * kPair);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const Vec<float> p_n = broadcast(p[r * kBlockN + n]);
@@ -1085,19 +1104,19 @@ inline void decode_values_tile(const float* p, const float* alpha, const T* v, i
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < kPairs; ++j) {
-      store(acc + r * padded_dim + j * kPair, sums[r][j].x);
-      store(acc + r * padded_dim + j * kPair + W, sums[r][j].y);
+      store(acc + r * padded_dim + d + j * kPair, sums[r][j].x);
+      store(acc + r * padded_dim + d + j * kPair + W, sums[r][j].y);
     }
 }
 
 template <int kRows, class T>
-TOY_LM_NOINLINE void decode_values(const float* p, const float* alpha, const T* v, int64_t v_stride, int64_t keys,
-                                   float* acc, int64_t padded_dim) {
+TOY_LM_NOINLINE void decode_values(const float* p, const float* alpha, const CacheRows<T>& v, int64_t keys,
+                                   const CacheRows<T>& next, float* acc, int64_t padded_dim) {
   constexpr int kPairs = kRegisters == 32 ? 8 / std::max(kRows, 2) : 2;  // as many sums as registers hold
   int64_t d = 0;
   for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair)
-    decode_values_tile<kRows, kPairs>(p, alpha, v + d, v_stride, keys, acc + d, padded_dim);
-  for (; d < padded_dim; d += kPair) decode_values_tile<kRows, 1>(p, alpha, v + d, v_stride, keys, acc + d, padded_dim);
+    decode_values_tile<kRows, kPairs>(p, alpha, v, keys, next, d, acc, padded_dim);
+  for (; d < padded_dim; d += kPair) decode_values_tile<kRows, 1>(p, alpha, v, keys, next, d, acc, padded_dim);
 }
 
 // Calls f(row, number of rows as a constant) for rows 0 to rows - 1, several at once.
@@ -1144,17 +1163,15 @@ bool pairs_in_place(const Matrix& matrix, int64_t head_dim) {
 
 // `rows` rows of a cache as T, where they lie or as a copy in `scratch`, zero beyond head_dim.
 template <class T>
-const T* cache_rows(const Matrix& matrix, int64_t first, int64_t rows, int64_t head_dim, Buffer<float>& scratch,
-                    int64_t* stride) {
-  *stride = matrix.row_stride;
+CacheRows<T> cache_rows(const Matrix& matrix, int64_t first, int64_t rows, int64_t head_dim, Buffer<float>& scratch) {
   if constexpr (std::is_same_v<T, float>)
     if (!pairs_in_place<float>(matrix, head_dim)) {
-      *stride = round_up(head_dim, kPair);
-      float* copy = scratch.at_least(kBlockN * *stride);
-      read_rows(matrix.from(first), rows, head_dim, copy, *stride, rows);
-      return copy;
+      const int64_t stride = round_up(head_dim, kPair);
+      float* copy = scratch.at_least(kBlockN * stride);
+      read_rows(matrix.from(first), rows, head_dim, copy, stride, rows);
+      return {copy, stride};
     }
-  return matrix.row<T>(first);
+  return {matrix.row<T>(first), matrix.row_stride};
 }
 
 // The queries of the heads that share a key head, over keys [key_begin, key_end): acc [rows][padded_dim], not yet
@@ -1185,13 +1202,13 @@ void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_h
   key_end = std::min(key_end, visible.key_end(seqlen_q - 1));
   for (int64_t n = key_begin; n < key_end; n += kBlockN) {
     const int64_t keys = std::min(kBlockN, key_end - n);
-    int64_t k_stride, v_stride;
-    const T* k_rows = cache_rows<T>(k, n, keys, head_dim, buffers.k, &k_stride);
-    const T* v_rows = cache_rows<T>(v, n, keys, head_dim, buffers.v, &v_stride);
+    const CacheRows<T> k_rows = cache_rows<T>(k, n, keys, head_dim, buffers.k);
+    const CacheRows<T> v_rows = cache_rows<T>(v, n, keys, head_dim, buffers.v);
+    const CacheRows<T> next_k_rows{k_rows.row(kBlockN), k_rows.stride};
 
     // S = Q K^T
     for_row_groups(rows, [&](int64_t r, auto count) {
-      decode_scores<count()>(q_rows + r * padded_dim, padded_dim, k_rows, k_stride, keys, s + r * kBlockN);
+      decode_scores<count()>(q_rows + r * padded_dim, padded_dim, k_rows, keys, v_rows, s + r * kBlockN);
     });
     for (int64_t r = 0; r < rows; ++r) {
       float* s_row = s + r * kBlockN;
@@ -1213,7 +1230,7 @@ void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_h
 
     // Rescale; O += P V
     for_row_groups(rows, [&](int64_t r, auto count) {
-      decode_values<count()>(s + r * kBlockN, alpha + r, v_rows, v_stride, keys, acc + r * padded_dim, padded_dim);
+      decode_values<count()>(s + r * kBlockN, alpha + r, v_rows, keys, next_k_rows, acc + r * padded_dim, padded_dim);
     });
   }
 }
