@@ -197,7 +197,8 @@ def build(
 ) -> list[pathlib.Path]:
     """Compile each source into a shared library of its own, all at once, and return the libraries in the same order.
 
-    What is in the cache is not compiled again. Raises BuildError with the compiler's own words if a source fails.
+    What is in the cache is not compiled again; a line on stderr explains the wait for what is not. Raises BuildError
+    with the compiler's own words if a source fails.
     """
     cxx = compiler()
     flags = _flags(capability) + extra_flags
@@ -207,6 +208,9 @@ def build(
         targets = [folder / f"{source.parent.name}_{_fingerprint(source, cxx, flags)}.so" for source in sources]
         with _exclusive(folder / "lock"):
             missing = [(s, t) for s, t in zip(sources, targets, strict=True) if not t.exists()]
+            if missing:
+                names = ", ".join(str(source.relative_to(HERE)) for source, _ in missing if source.is_relative_to(HERE))
+                print(f"compiling {names or 'C++'} for this machine, once: some seconds", file=sys.stderr, flush=True)
             commands = [_compile_command(cxx, s, t, flags) for s, t in missing]
             jobs = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
             outputs = [job.communicate()[0] for job in jobs]
