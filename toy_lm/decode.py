@@ -21,7 +21,7 @@ import kernels
 from toy_lm.model import KVCache, Transformer
 
 _STEPS_BEFORE_CAPTURE = 2  # libraries allocate their workspaces, Triton compiles
-_STEPS_PER_GRAPH = 8
+_STEPS_AT_ONCE = 8
 _LEAST_PROMPT = 64  # tokens that a graph reads; the next one reads twice as many
 _PADDING = 32  # windows that differ by fewer tokens than this are read together
 _TOKENS_AT_ONCE = 16384  # that are read together: a bound on the memory it takes
@@ -146,7 +146,7 @@ class Decoder:
         self.seeds = torch.zeros_like(self.last)
         self.numbers = torch.zeros_like(self.last)  # of the step, counted from where the text joined
         self.busy = torch.zeros_like(self.last, dtype=torch.int32)  # 1 where a row has a text, else 0
-        self.steps = torch.arange(_STEPS_PER_GRAPH + 1, device=device)[:, None]
+        self.steps = torch.arange(_STEPS_AT_ONCE + 1, device=device)[:, None]
         self.ahead = self.steps.int() * self.busy  # by how much each row's position has grown before each of them
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by their number of steps
         self.num_eager = 0
@@ -210,10 +210,12 @@ class Decoder:
 
     def _steps(self, most: int) -> tuple[Tensor, Tensor]:
         """The tokens (batch, count) of some steps, not more than `most`, and the logits of the last."""
-        if not self.reader.captures or self.num_eager < _STEPS_BEFORE_CAPTURE:
+        if not self.reader.captures:
+            return self._run(min(most, _STEPS_AT_ONCE))
+        if self.num_eager < _STEPS_BEFORE_CAPTURE:
             self.num_eager += 1
             return self._run(1)
-        count = _STEPS_PER_GRAPH if most >= _STEPS_PER_GRAPH else 1
+        count = _STEPS_AT_ONCE if most >= _STEPS_AT_ONCE else 1
         if count not in self.graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -225,13 +227,15 @@ class Decoder:
     def _run(self, count: int) -> tuple[Tensor, Tensor]:
         """The tokens (batch, count) of as many steps, and the logits of the last."""
         cache, sampling = self.cache, self.sampling
-        positions = cache.seqlens + self.ahead[: count + 1]  # (count + 1, batch)
-        numbers = self.numbers + self.steps[: count + 1]
+        *positions, seqlens = (cache.seqlens + self.ahead[: count + 1]).unbind()  # (batch,) each
+        *numbers, number = (self.numbers + self.steps[: count + 1]).unbind()
         token_ids, drawn = self.last, []
-        for step in range(count):
+        for position, step in zip(positions, numbers, strict=True):
             logits = kernels.decode_step(  # token ids -> model (attention op) -> logits
-                token_ids, positions[step], cache.k, cache.v, self.weights, norm_eps=self.config.norm_eps
-            )[:, : self.vocab_size]
+                token_ids, position, cache.k, cache.v, self.weights, norm_eps=self.config.norm_eps
+            )
+            if self.vocab_size < logits.shape[1]:
+                logits = logits[:, : self.vocab_size]
             new = kernels.sample(  # logits -> sampler op -> token ids
                 logits,
                 temperature=sampling.temperature,
@@ -239,14 +243,14 @@ class Decoder:
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
                 seed=self.seeds,
-                step=numbers[step],
+                step=step,
             )
             assert isinstance(new, Tensor)
             token_ids = new  # -1 is no token: the next step takes it for 0, and whoever asked for it stops
             drawn.append(new)
         self.last.copy_(token_ids)
-        cache.seqlens.copy_(positions[count])
-        self.numbers.copy_(numbers[count])
+        cache.seqlens.copy_(seqlens)
+        self.numbers.copy_(number)
         return torch.stack(drawn, dim=1), logits
 
     def _read_windows(self, rows: list[int]) -> None:
