@@ -308,8 +308,9 @@ class Selection {
   int64_t* select(const T* row, int64_t n, int64_t k) {
     k_ = k;
     filled_ = 0;
-    reserve(2 * padded(k));
-    if (k >= kGuessFrom && n >= 8 * k) {
+    const bool guessed = k >= kGuessFrom && n >= 8 * std::max(k, kSample);
+    reserve(std::max(2 * padded(k), guessed ? kSample : 0));
+    if (guessed) {
       scan_row(row, n, 0, guess(row, n));
       if (filled_ >= k) return best();
       filled_ = 0;
@@ -334,7 +335,7 @@ class Selection {
   }
 
  private:
-  static constexpr int64_t kSample = 512, kGuessFrom = kSample / 2, kRun = 16;
+  static constexpr int64_t kSample = 512, kGuessFrom = 64, kRun = 16;
 
   // For large k it pays to begin with a threshold, guessed from a sample: a little below where the k-th best should be.
   template <class T>

@@ -55,6 +55,16 @@ def test_order_of_the_row_does_not_matter(device, n):
         check(ascending.flip(-1), k)
 
 
+@pytest.mark.parametrize("k", [64, 300])
+@pytest.mark.parametrize("lift", [9.0, -9.0])
+def test_a_sample_of_the_row_may_mislead(device, k, lift):
+    """Runs of neighbours at equal distances, such as a sample is made of, hold the best of the row, or its worst."""
+    x = torch.randn(2, 20_011, device=device)
+    places = torch.arange(512, device=device)
+    x[:, places // 16 * (x.shape[1] // 32) + places % 16] += lift
+    check(x, k)
+
+
 @pytest.mark.parametrize("n", [100, 9000])
 def test_special_values(device, n):
     x = torch.tensor(SPECIAL, device=device)[torch.randint(len(SPECIAL), (6, n), device=device)]
