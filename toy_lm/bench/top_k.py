@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from toy_lm import picture
 from toy_lm.device import pick_device
 
 # batch, vocab_size, k
@@ -40,7 +41,19 @@ CPU_SIZES = ((30_000, 32, 32), (1, 50_304, 50), (64, 50_304, 50), (16, 512, 40))
 CURVE = (1, 4, 16, 64, 256, 1024)  # k, at the size below
 GPU_CURVE_SIZE, CPU_CURVE_SIZE = (256, 128_256), (16, 50_304)
 TEMPERATURE = 0.8
+CPU_SECONDS = 1.5  # that the calls at one size take turns
 OURS = ("kernels.top_k", "kernels.sample top-k", "kernels.sample top-p", "kernels.sample min-p")
+MARKS = {  # in the picture: ours are blue
+    "kernels.top_k": ("D", picture.LIGHT_BLUE),
+    "kernels.sample top-k": ("o", picture.BLUE),
+    "kernels.sample top-p": ("^", picture.BLUE),
+    "kernels.sample min-p": ("s", picture.BLUE),
+    "torch.topk": ("D", picture.GRAY),
+    "topk + softmax + multinomial": ("o", picture.GRAY),
+    "nanoGPT": ("s", picture.GRAY),
+    "FlashInfer": ("o", picture.INK),
+}
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def run(arguments: Sequence[str] = ()) -> None:
@@ -69,13 +82,14 @@ def bench(device: str = "auto", out: str | pathlib.Path = "runs/bench", log: Cal
                 {"batch": batch, "vocab_size": vocab_size, "k": k, "dtype": str(dtype)[6:], "floor": floor, **times}
             )
             log(describe(rows[-1]))
-    curve = measure_curve(where)
+    size = GPU_CURVE_SIZE if where.type == "cuda" else CPU_CURVE_SIZE
+    curve = measure_curve(torch.randn(size, device=where))
     for name, seconds in curve.items():
         log(f"over k, {name}, " + ", ".join(f"{k}: {1e6 * s:.0f} us" for k, s in seconds.items()))
-    contents = {"machine": kernels.load(where).line, "seconds": rows, "curve": curve}
+    contents = {"machine": kernels.load(where).line, "seconds": rows, "curve_size": size, "curve": curve}
     (folder / "top_k.json").write_text(json.dumps(contents, indent=2), encoding="utf-8")
     log(f"figures: {folder / 'top_k.json'}")
-    log(plot(folder / "top_k.png", rows, curve))
+    log(plot(folder / "top_k.png", rows, curve, size))
 
 
 def calls(logits: Tensor, k: int) -> dict[str, Callable[[], object]]:
@@ -120,7 +134,7 @@ def time_calls(named: Mapping[str, Callable[[], object]], device: torch.device) 
         return {name: time_graph(call) for name, call in named.items()}
     seconds: dict[str, list[float]] = {name: [] for name in named}
     begin = time.perf_counter()
-    while time.perf_counter() - begin < 1.5 or len(seconds["max"]) < 7:
+    while time.perf_counter() - begin < CPU_SECONDS or len(seconds["max"]) < 7:
         for name, call in named.items():
             start = time.perf_counter()
             call()
@@ -151,20 +165,22 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() * source.element_size() / seconds
 
 
-def measure_curve(device: torch.device) -> dict[str, dict[int, float]]:
-    """Seconds over k: of `kernels.sample` with log-probabilities, of what torch offers, and of the one-pass maximum."""
-    size = GPU_CURVE_SIZE if device.type == "cuda" else CPU_CURVE_SIZE
-    logits = torch.randn(size, device=device)
+def measure_curve(logits: Tensor) -> dict[str, dict[int, float]]:
+    """Seconds over k on these logits (batch, vocab_size): ours, what torch offers, and what does not depend on k."""
     sample = functools.partial(kernels.sample, logits, temperature=TEMPERATURE, seed=1, return_logprobs=True)
-    named: dict[str, Callable[[], object]] = {"max": lambda: logits.max(dim=-1)}
+    named: dict[str, Callable[[], object]] = {
+        "max": lambda: logits.max(dim=-1),
+        "kernels.sample top-p": lambda: sample(top_p=0.9),
+    }
+    constant = tuple(named)
     for k in CURVE:
         named[f"ours {k}"] = functools.partial(sample, top_k=k)
         named[f"torch {k}"] = functools.partial(sample_with_torch, logits, k)
-    times = time_calls(named, device)
+    times = time_calls(named, logits.device)
     return {
         "kernels.sample top-k": {k: times[f"ours {k}"] for k in CURVE},
         "topk + softmax + multinomial": {k: times[f"torch {k}"] for k in CURVE},
-        "max": dict.fromkeys(CURVE, times["max"]),
+        **{name: dict.fromkeys(CURVE, times[name]) for name in constant},
     }
 
 
@@ -179,35 +195,42 @@ def describe(row: Mapping) -> str:
     return "\n".join(lines)
 
 
-def plot(path: pathlib.Path, rows: Sequence[Mapping], curve: Mapping[str, Mapping[int, float]]) -> str:
-    """Draw times as multiples of the one-pass maximum, and the cost over k; returns a line that says where."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return f"no {path.name}: matplotlib is not installed (pip install matplotlib)"
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    names = [name for name in rows[0] if name not in ("batch", "vocab_size", "k", "dtype", "floor", "max")]
-    width = 0.9 / len(names)
-    for i, name in enumerate(names):
-        places = [n + i * width for n in range(len(rows))]
-        left.bar(
-            places, [row[name] / row["max"] for row in rows], width, label=name, alpha=1.0 if name in OURS else 0.45
-        )
-    left.axhline(1.0, color="black", linewidth=1, linestyle="--", label="one read: torch's max")
-    labels = [f"{row['batch']}x{row['vocab_size']}\nk={row['k']} {row['dtype']}" for row in rows]
-    left.set_xticks([n + 0.45 for n in range(len(rows))], labels, fontsize=6)
-    left.set(yscale="log", ylabel="time over one-pass maximum")
-    left.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+def plot(
+    path: pathlib.Path, rows: Sequence[Mapping], curve: Mapping[str, Mapping[int, float]], size: Sequence[int]
+) -> str:
+    """Draw times as multiples of the one-pass maximum, and the cost over k at `size`; returns where."""
+    figure = picture.new_figure(13, 2.2 + 0.36 * len(rows))
+    if figure is None:
+        return picture.save(None, path)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_sizes(left, rows)
+    _draw_curve(right, curve, size)
+    return picture.save(figure, path)
+
+
+def _draw_sizes(panel, rows: Sequence[Mapping]) -> None:
+    for name, (marker, color) in MARKS.items():
+        points = [(row[name] / row["max"], place) for place, row in enumerate(rows) if name in row]
+        if points:
+            panel.plot(*zip(*points, strict=True), marker, color=color, markersize=6, label=name)
+    panel.axvline(1.0, color=picture.RED, linewidth=1.6, linestyle="--", label="one read: torch's max")
+    labels = [f"{row['batch']} x {row['vocab_size']}, k = {row['k']}, {SHORT[row['dtype']]}" for row in rows]
+    panel.set_yticks(range(len(rows)), labels, fontsize=8)
+    panel.invert_yaxis()
+    panel.set(xscale="log", xlabel="time over that of the one-pass maximum")
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
+    picture.clean(panel)
+
+
+def _draw_curve(panel, curve: Mapping[str, Mapping[int, float]], size: Sequence[int]) -> None:
+    """With the marks of the panel on the left, whose legend holds for both."""
     for name, times in curve.items():
-        if name == "max":
-            style = {"color": "black", "linewidth": 1, "linestyle": "--"}
-        else:
-            style = {"color": f"C{names.index(name)}", "marker": "o", "alpha": 1.0 if name in OURS else 0.45}
-        right.plot(list(times), [1e6 * seconds for seconds in times.values()], label=name, **style)
-    right.set(xscale="log", xlabel="k", ylabel="us", ylim=(0, None))
-    right.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.savefig(path, dpi=120)
-    return f"picture: {path}"
+        marker, color = MARKS.get(name, ("", picture.RED))  # max
+        style = {"linewidth": 1.6, "linestyle": "-" if name in MARKS else "--"}
+        panel.plot(list(times), [1e6 * seconds for seconds in times.values()], color=color, marker=marker, **style)
+    panel.set(xscale="log", xlabel="k", ylabel="microseconds", ylim=(0, None))
+    panel.set_xticks(CURVE, [str(k) for k in CURVE])
+    panel.minorticks_off()
+    panel.set_title("{} x {}, fp32, over k".format(*size), loc="left", fontsize=10, fontweight="bold")
+    picture.clean(panel)
