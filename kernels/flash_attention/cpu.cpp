@@ -196,6 +196,15 @@ struct Visible {
     if (causal) return std::clamp<int64_t>(i + offset + 1, 0, seqlen_k);
     return window ? std::clamp<int64_t>(i + offset + window, 0, seqlen_k) : seqlen_k;
   }
+
+  // Of the queries [row_begin, row_end), those that see any of the keys [first, last): [begin, end), from row_begin on.
+  std::pair<int64_t, int64_t> queries(int64_t first, int64_t last, int64_t row_begin, int64_t row_end) const {
+    const int64_t rows = row_end - row_begin, begin = first - offset - row_begin, end = last - offset - row_begin;
+    return {causal   ? std::clamp<int64_t>(begin, 0, rows)
+            : window ? std::clamp<int64_t>(begin - window + 1, 0, rows)
+                     : 0,
+            window ? std::clamp<int64_t>(end - 1 + window, 0, rows) : rows};
+  }
 };
 
 // Memory that a thread keeps from one call to the next.
@@ -496,6 +505,26 @@ bool needs_mask(const Visible& visible, int64_t row_begin, int64_t row_end, int6
   return visible.key_begin(row_end - 1) > key_begin || visible.key_end(row_begin) < key_end;
 }
 
+// s [keys][kBlockM] = left right, where left [keys][depth] is K or V and right [depth][kBlockM] the queries
+// [row_begin, row_end) or their dO. In a masked tile each group of keys takes only the queries that see some of it.
+template <class M>
+TOY_LM_NOINLINE void multiply_tile(const Visible& visible, bool masked, int64_t row_begin, int64_t row_end,
+                                   int64_t key_begin, int64_t keys, int64_t columns, int64_t depth,
+                                   const Left<typename M::Element>& left, const typename M::Element* right,
+                                   typename M::Accumulator* s) {
+  constexpr int64_t kBlockM = M::kBlockM;
+  const int64_t group = masked ? M::kMaskedColumns : keys;
+  for (int64_t n = 0; n < keys; n += group) {
+    const int64_t rows = std::min(group, keys - n);
+    auto [first, last] = visible.queries(key_begin + n, key_begin + n + rows, row_begin, row_end);
+    if (last <= first) continue;
+    first = masked ? first / group * group : 0;
+    last = masked ? std::min(round_up(last, group), columns) : columns;
+    M::multiply(round_up(rows, M::kRowUnit), last - first, depth, left.from_row(n), right + first * M::kPairing,
+                kBlockM, s + n * kBlockM + first, kBlockM, true);
+  }
+}
+
 // s = -inf where the query does not see the key, and in lanes that hold no query. s [keys][kBlockM]
 template <int64_t kBlockM, class A>
 TOY_LM_NOINLINE void mask(const Visible& visible, int64_t row_begin, int64_t rows, int64_t key_begin, int64_t keys,
@@ -512,12 +541,17 @@ TOY_LM_NOINLINE void mask(const Visible& visible, int64_t row_begin, int64_t row
                       : windowed     ? position + visible.window
                                      : std::numeric_limits<int32_t>::max());
   const Vec<A> hidden = broadcast(-std::numeric_limits<A>::infinity());
+  // All queries see the keys from `seen` to `seen_end`, unless some lanes hold no query.
+  const int64_t seen = rows < columns ? keys : visible.key_begin(row_begin + rows - 1) - key_begin;
+  const int64_t seen_end = visible.key_end(row_begin) - key_begin;
   Vec<A> lane{};
   for (int i = 0; i < W; ++i) lane[i] = static_cast<A>(i);
   for (int64_t j = 0; j < columns; j += W, lane += static_cast<A>(W)) {
     const Vec<A> begin = select<A>(lane < static_cast<A>(rows), lane + first, broadcast(static_cast<A>(kBlockN)));
     const Vec<A> end = lane + last;
     for (int64_t n = 0; n < keys; ++n) {
+      if (n >= seen && n < seen_end) n = seen_end;
+      if (n >= keys) break;
       const Vec<A> key = broadcast(static_cast<A>(n));
       A* at = s + n * kBlockM + j;
       store(at, select<A>((begin <= key) & (key < end), load(at), hidden));
@@ -647,28 +681,31 @@ void forward_block(const Problem& problem, const Sequence& sequence, int64_t row
   constexpr int64_t kPart = M::kMaskedColumns, kParts = kBlockM / kPart;
   bool fresh[kParts];
   std::fill_n(fresh, kParts, true);
-  const auto clear = [&](int64_t part) {
-    for (int64_t d = 0; d < padded_dim; ++d) std::fill_n(acc + d * kBlockM + part * kPart, kPart, A{0});
-    fresh[part] = false;
+  const auto clear = [&] {
+    for (int64_t part = 0; part < kParts; ++part) {
+      for (int64_t d = 0; d < padded_dim && fresh[part]; ++d)
+        std::fill_n(acc + d * kBlockM + part * kPart, kPart, A{0});
+      fresh[part] = false;
+    }
   };
   const int64_t depth = round_up(head_dim, M::kDepthUnit), acc_rows = round_up(head_dim, M::kRowUnit);
-  const int64_t keys_begin = visible.key_begin(row_begin) / kBlockN * kBlockN,
-                keys_end = visible.key_end(row_begin + rows - 1);
+  const int64_t row_end = row_begin + rows, all_columns = round_up(rows, kWidth<A>);
+  const int64_t keys_begin = visible.key_begin(row_begin) / kBlockN * kBlockN, keys_end = visible.key_end(row_end - 1);
   for (int64_t n = keys_begin; n < keys_end; n += kBlockN) {
     const Left<typename M::Element> k_block = k.rows(n, buffers.k), v_block = v.columns(n, buffers.v);
-    const bool masked = needs_mask(visible, row_begin, row_begin + rows, n, std::min(n + kBlockN, keys_end));
+    const int64_t block_keys = std::min(kBlockN, keys_end - n);
+    const bool masked = needs_mask(visible, row_begin, row_end, n, n + block_keys);
+
+    // S^T = K Q^T
+    multiply_tile<M>(visible, masked, row_begin, row_end, n, block_keys, all_columns, depth, k_block, q_t, s);
 
     // A masked tile is taken in parts, each with the keys that its own queries see.
     const int64_t step = masked ? kPart : kBlockM;
-    if (!masked && fresh[0] != fresh[kParts - 1]) clear(fresh[0] ? 0 : kParts - 1);
+    if (!masked && std::find(fresh, fresh + kParts, false) != fresh + kParts) clear();
     for (int64_t m = 0; m < rows; m += step) {
       const int64_t part = std::min(step, rows - m), columns = round_up(part, kWidth<A>), row = row_begin + m;
       const int64_t keys = std::min(n + kBlockN, visible.key_end(row + part - 1)) - n;
       if (keys <= 0) continue;
-
-      // S^T = K Q^T
-      M::multiply(round_up(keys, M::kRowUnit), columns, depth, k_block, q_t + m * M::kPairing, kBlockM, s + m, kBlockM,
-                  true);
 
       // Mask
       if (scores.capped) soft_cap<kBlockM>(s + m, keys, columns, scores.before_cap);
@@ -685,12 +722,10 @@ void forward_block(const Problem& problem, const Sequence& sequence, int64_t row
       // O^T += V^T P^T
       M::multiply(acc_rows, columns, round_up(keys, M::kDepthUnit), v_block, p + m * M::kPairing, kBlockM, acc + m,
                   kBlockM, first);
-      fresh[m / kPart] = false;
-      if (!masked) fresh[kParts - 1] = false;
+      std::fill_n(fresh + m / kPart, step / kPart, false);
     }
   }
-  for (int64_t part = 0; part < kParts; ++part)
-    if (fresh[part]) clear(part);
+  clear();
 
   // O = O / row_sum
   softmax.finish(rows, scores.factor, acc, head_dim, lse);
@@ -791,11 +826,12 @@ struct BackwardHeads {
 template <class M>
 TOY_LM_NOINLINE void softmax_backward(const typename M::Accumulator* s, const typename M::Accumulator* dp,
                                       const typename M::Accumulator* lse, const typename M::Accumulator* delta,
-                                      int64_t keys, int64_t columns, typename M::Accumulator factor, bool capped,
-                                      typename M::Element* p, typename M::Element* ds, typename M::Element* ds_right) {
+                                      int64_t keys, int64_t first_column, int64_t columns,
+                                      typename M::Accumulator factor, bool capped, typename M::Element* p,
+                                      typename M::Element* ds, typename M::Element* ds_right) {
   constexpr int64_t kBlockM = M::kBlockM;
   using A = typename M::Accumulator;
-  for (int64_t j = 0; j < columns; j += kWidth<A>) {
+  for (int64_t j = first_column; j < first_column + columns; j += kWidth<A>) {
     const Vec<A> lse_j = load(lse + j), delta_j = load(delta + j);
     for (int64_t n = 0; n < keys; n += 2) {
       Vec<A> weight[2], gradient[2];
@@ -893,7 +929,7 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
   const int64_t depth = round_up(head_dim, M::kDepthUnit);
   const int64_t keys_begin = visible.key_begin(row_begin) / kBlockN * kBlockN, keys_end = visible.key_end(row_end - 1);
   for (int64_t n = keys_begin; n < keys_end; n += kBlockN) {
-    const int64_t keys = std::min(kBlockN, keys_end - n), key_rows = round_up(keys, M::kRowUnit);
+    const int64_t keys = std::min(kBlockN, keys_end - n);
     const Left<E> k_rows = k.rows(n, buffers.k), k_columns = k.columns(n, buffers.k_t), v_rows = v.rows(n, buffers.v);
 
     for (int64_t block = 0; block < blocks; ++block) {
@@ -901,33 +937,59 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
       const int64_t columns = round_up(rows, std::max<int64_t>(kWidth<A>, M::kDepthUnit));
       if (visible.key_end(row + rows - 1) <= n || visible.key_begin(row) >= n + keys) continue;
 
-      // S^T = K Q^T
-      M::multiply(key_rows, columns, depth, k_rows, q_t + block * size, kBlockM, s, kBlockM, true);
+      const int64_t row_last = row + rows;
+      const bool masked = needs_mask(visible, row, row_last, n, n + keys);
 
-      // Mask
-      if (scores.capped) soft_cap<kBlockM>(s, keys, columns, scores.before_cap);
-      if (rows < columns || needs_mask(visible, row, row + rows, n, n + keys))
-        mask<kBlockM>(visible, row, rows, n, keys, columns, s);
+      // S^T = K Q^T; dP^T = V dO^T
+      multiply_tile<M>(visible, masked, row, row_last, n, keys, columns, depth, k_rows, q_t + block * size, s);
+      multiply_tile<M>(visible, masked, row, row_last, n, keys, columns, depth, v_rows, dout_t + block * size, dp);
 
-      // dP^T = V dO^T; P^T = exp(S^T - lse); dS^T = P^T * (dP^T - delta)
-      M::multiply(key_rows, columns, depth, v_rows, dout_t + block * size, kBlockM, dp, kBlockM, true);
-      const int64_t padded_keys = hide_padding<M>(s, keys, columns);
-      std::fill(dp + keys * kBlockM, dp + padded_keys * kBlockM, A{0});
-      softmax_backward<M>(s, dp, lse + block * kBlockM, delta + block * kBlockM, padded_keys, columns, scores.factor,
-                          scores.capped, p, ds, ds_right);
+      // A masked tile is taken in parts: first some queries, each part with the keys [begin, end) that it sees...
+      const int64_t step = masked ? M::kMaskedColumns : kBlockM;
+      for (int64_t m = 0; m < rows; m += step) {
+        const int64_t part = std::min(step, rows - m), part_columns = std::min(step, columns - m);
+        const int64_t begin = std::max<int64_t>(visible.key_begin(row + m) - n, 0) / step * step;
+        const int64_t end = std::min(round_up(visible.key_end(row + m + part - 1) - n, step), keys);
+        if (end <= begin) continue;
+        A* s_part = s + begin * kBlockM;
+        A* dp_part = dp + begin * kBlockM;
 
-      // dV += P^T dO
-      const int64_t row_depth = round_up(rows, M::kDepthUnit);
-      M::multiply(key_rows, padded_dim, row_depth, {p, kBlockM, 1}, dout + block * size, padded_dim,
-                  dv + n * padded_dim, padded_dim, false);
+        // Mask
+        if (scores.capped) soft_cap<kBlockM>(s_part + m, end - begin, part_columns, scores.before_cap);
+        if (masked || rows < columns)
+          mask<kBlockM>(visible, row + m, part, n + begin, end - begin, part_columns, s_part + m);
 
-      // dK += dS^T Q
-      M::multiply(key_rows, padded_dim, row_depth, {ds, kBlockM, 1}, q + block * size, padded_dim, dk + n * padded_dim,
-                  padded_dim, false);
+        // P^T = exp(S^T - lse); dS^T = P^T * (dP^T - delta)
+        const int64_t padded_keys = hide_padding<M>(s_part + m, end - begin, part_columns);
+        for (int64_t i = end - begin; i < padded_keys; ++i) std::fill_n(dp_part + i * kBlockM + m, part_columns, A{0});
+        softmax_backward<M>(s_part, dp_part, lse + block * kBlockM, delta + block * kBlockM, padded_keys, m,
+                            part_columns, scores.factor, scores.capped, p + begin * kBlockM, ds + begin * kBlockM,
+                            ds_right + begin * kBlockM);
 
-      // dQ^T += K^T dS^T
-      M::multiply(round_up(head_dim, M::kRowUnit), columns, round_up(keys, M::kDepthUnit), k_columns, ds_right, kBlockM,
-                  dq_t + block * size, kBlockM, false);
+        // dQ^T += K^T dS^T
+        M::multiply(round_up(head_dim, M::kRowUnit), part_columns, round_up(end - begin, M::kDepthUnit),
+                    k_columns.from_depth(begin), ds_right + begin * kBlockM + m * M::kPairing, kBlockM,
+                    dq_t + block * size + m, kBlockM, false);
+      }
+
+      // ... then some keys, with the queries that see them.
+      const int64_t key_step = masked ? M::kMaskedColumns : keys;
+      for (int64_t i = 0; i < keys; i += key_step) {
+        const int64_t part_rows = round_up(std::min(key_step, keys - i), M::kRowUnit);
+        auto [first, last] = visible.queries(n + i, n + std::min(i + key_step, keys), row, row_last);
+        if (last <= first) continue;
+        first = first / step * step;
+        const int64_t row_depth = round_up(last - first, M::kDepthUnit), left = i * kBlockM + first,
+                      right = block * size + first * padded_dim;
+
+        // dV += P^T dO
+        M::multiply(part_rows, padded_dim, row_depth, {p + left, kBlockM, 1}, dout + right, padded_dim,
+                    dv + (n + i) * padded_dim, padded_dim, false);
+
+        // dK += dS^T Q
+        M::multiply(part_rows, padded_dim, row_depth, {ds + left, kBlockM, 1}, q + right, padded_dim,
+                    dk + (n + i) * padded_dim, padded_dim, false);
+      }
     }
   }
 

@@ -318,6 +318,9 @@ template <class E>
 struct Left {
   const E* data;
   int64_t row_stride, depth_stride;
+
+  Left from_row(int64_t i) const { return {data + i * row_stride, row_stride, depth_stride}; }
+  Left from_depth(int64_t l) const { return {data + l * depth_stride, row_stride, depth_stride}; }
 };
 
 template <class A>
@@ -325,7 +328,7 @@ struct Plain {
   using Element = A;
   using Accumulator = A;
   static constexpr int64_t kBlockM = 64;         // queries in a block: the lanes of a right operand
-  static constexpr int64_t kMaskedColumns = 32;  // so many of them at a time in a masked tile
+  static constexpr int64_t kMaskedColumns = 16;  // so many of them at a time in a masked tile
   static constexpr int64_t kDepthUnit = 1;       // depths and left rows are padded to multiples of these
   static constexpr int64_t kRowUnit = 1;
   static constexpr int64_t kPairing = 1;  // elements in a row of a right operand, for each column
@@ -362,9 +365,15 @@ struct Plain {
   static void panel(int64_t rows, int64_t depth, Left<A> a, const A* b, int64_t b_row, A* c, int64_t c_row,
                     bool fresh) {
     constexpr int kRows =
-        kRegisters == 32 && kVectors < 4 ? 8 : 4;  // enough sums in flight to hide the latency of an addition
+        kRegisters == 32 ? kVectors < 4 ? 8 : 6 : 4;  // enough sums in flight to hide the latency of an addition
     for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row_stride, c += kRows * c_row)
       tile<kRows, kVectors>(depth, a, b, b_row, c, c_row, fresh);
+    if (kRows > 4 && rows >= 4) {
+      tile<4, kVectors>(depth, a, b, b_row, c, c_row, fresh);
+      rows -= 4;
+      a.data += 4 * a.row_stride;
+      c += 4 * c_row;
+    }
     for (; rows > 0; --rows, a.data += a.row_stride, c += c_row) tile<1, kVectors>(depth, a, b, b_row, c, c_row, fresh);
   }
 
@@ -552,7 +561,7 @@ struct Bf16PairProducts {
 template <int64_t kQueries>
 struct Bf16Pairs : Bf16PairProducts {
   static constexpr int64_t kBlockM = kQueries;
-  static constexpr int64_t kMaskedColumns = kQueries;
+  static constexpr int64_t kMaskedColumns = 32;
 };
 #endif
 
