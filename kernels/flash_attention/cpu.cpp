@@ -237,6 +237,13 @@ class Buffer {
 
 // Copies between tensors and blocks
 
+// Do rows of a tensor hold whole vectors of A, so that they can be used where they lie?
+template <class A>
+bool holds_vectors(const Matrix& matrix, int64_t dims) {
+  return matrix.dtype == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float) && matrix.dim_stride == 1 &&
+         dims % kWidth<A> == 0;
+}
+
 // block [padded_rows][block_row] = matrix[0:rows, 0:dims], zero beyond
 template <class A>
 TOY_LM_NOINLINE void read_rows(const Matrix& matrix, int64_t rows, int64_t dims, A* block, int64_t block_row,
@@ -244,8 +251,8 @@ TOY_LM_NOINLINE void read_rows(const Matrix& matrix, int64_t rows, int64_t dims,
   visit<A>(matrix.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t i = 0; i < rows; ++i) {
-      const T* row = matrix.row<T>(i);
-      A* to = block + i * block_row;
+      const T* __restrict row = matrix.row<T>(i);
+      A* __restrict to = block + i * block_row;
       if (matrix.dim_stride == 1)
         for (int64_t d = 0; d < dims; ++d) to[d] = widen<A>(row[d]);
       else
@@ -263,8 +270,8 @@ TOY_LM_NOINLINE void write_rows(const Matrix& matrix, int64_t rows, int64_t dims
   visit<A>(matrix.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t i = 0; i < rows; ++i) {
-      T* row = matrix.row<T>(i);
-      const A* from = block + i * block_row;
+      T* __restrict row = matrix.row<T>(i);
+      const A* __restrict from = block + i * block_row;
       if (matrix.dim_stride == 1)
         for (int64_t d = 0; d < dims; ++d) row[d] = narrow<T>(factor * from[d]);
       else
@@ -273,13 +280,14 @@ TOY_LM_NOINLINE void write_rows(const Matrix& matrix, int64_t rows, int64_t dims
   });
 }
 
-// matrix[0:rows, 0:dims] = factor * block^T, block [dims][kBlockM]
+// matrix[0:rows, 0:dims] = block^T, block [dims][kBlockM]
 template <int64_t kBlockM, class A>
-TOY_LM_NOINLINE void write_transposed(const Matrix& matrix, int64_t rows, int64_t dims, A factor, const A* block) {
+TOY_LM_NOINLINE void write_transposed(const Matrix& matrix, int64_t rows, int64_t dims, const A* block) {
+  if (holds_vectors<A>(matrix, dims)) return transpose(block, kBlockM, dims, rows, matrix.row<A>(0), matrix.row_stride);
   alignas(64) A staged[kBlockM * kMaxHeadDim];  // [rows][staged_row]
   const int64_t staged_row = round_up(dims, kWidth<A>);
   transpose(block, kBlockM, dims, rows, staged, staged_row);
-  write_rows(matrix, rows, dims, factor, staged, staged_row);
+  write_rows(matrix, rows, dims, A{1}, staged, staged_row);
 }
 
 // Operands of the products, from tensors. "Left" ones are K and V, "right" ones Q and dO; see microkernels.h.
@@ -327,6 +335,11 @@ struct Operands<Plain<A>> {
     transpose(from, from_row, rows, head_dim, to, kBlockM);
     if (negate)
       for (int64_t i = 0; i < head_dim * kBlockM; ++i) to[i] = -to[i];
+  }
+
+  // Rows of queries as a right operand [rows][padded_dim], where they lie
+  static bool right_in_place(const Matrix& matrix, int64_t head_dim) {
+    return in_place(matrix) && holds_vectors<A>(matrix, head_dim);
   }
 
   // right [kBlockM][padded_dim] = block
@@ -411,6 +424,8 @@ struct Operands<Bf16Pairs<kBlockM>> {
     if (negate)
       for (int64_t i = 0; i < width / 2 * kBlockM; ++i) pairs[i] ^= 0x80008000u;
   }
+
+  static bool right_in_place(const Matrix&, int64_t) { return false; }
 
   // right [kBlockM / 2][padded_dim][2] = block
   TOY_LM_NOINLINE static void right_rows(const Matrix& block, int64_t rows, int64_t head_dim, E* to) {
@@ -729,7 +744,7 @@ void forward_block(const Problem& problem, const Sequence& sequence, int64_t row
 
   // O = O / row_sum
   softmax.finish(rows, scores.factor, acc, head_dim, lse);
-  write_transposed<kBlockM>(out, rows, head_dim, A{1}, acc);
+  write_transposed<kBlockM>(out, rows, head_dim, acc);
 }
 
 // Where each sequence's blocks of queries (or keys) start in one long list of them.
@@ -860,12 +875,16 @@ TOY_LM_NOINLINE void read_row_statistics(const Matrix& dout, const Matrix& out, 
   std::fill_n(delta, kBlockM, A{0});
   for (int64_t first = 0; first < rows; first += W) {
     const int64_t count = std::min<int64_t>(W, rows - first);
-    read_rows(dout.from(first), count, head_dim, dout_rows, padded, W);
-    read_rows(out.from(first), count, head_dim, out_rows, padded, W);
-    Vec<A> sums[W];
-    for (int i = 0; i < W; ++i) {
-      sums[i] = Vec<A>{};
-      for (int64_t d = i * padded; d < (i + 1) * padded; d += W) sums[i] += load(dout_rows + d) * load(out_rows + d);
+    const bool in_place = holds_vectors<A>(dout, head_dim) && holds_vectors<A>(out, head_dim);
+    if (!in_place) {
+      read_rows(dout.from(first), count, head_dim, dout_rows, padded, W);
+      read_rows(out.from(first), count, head_dim, out_rows, padded, W);
+    }
+    Vec<A> sums[W] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const A* dout_i = in_place ? dout.row<A>(first + i) : dout_rows + i * padded;
+      const A* out_i = in_place ? out.row<A>(first + i) : out_rows + i * padded;
+      for (int64_t d = 0; d < padded; d += W) sums[i] += load(dout_i + d) * load(out_i + d);
     }
     store(delta + first, sum_rows<A, 1>(sums));
   }
@@ -895,9 +914,17 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
   const int64_t blocks = ceil_div(row_end - row_begin, kBlockM);
   E* q_t = buffers.q_t.at_least(blocks * size);        // [blocks] right [head_dim][kBlockM]
   E* dout_t = buffers.dout_t.at_least(blocks * size);  // likewise
-  E* q = buffers.q.at_least(blocks * size);            // [blocks] right [kBlockM][padded_dim]
-  E* dout = buffers.dout.at_least(blocks * size);      // likewise
-  A* dq_t = buffers.dq_t.at_least(blocks * size);      // [blocks][head_dim][kBlockM]
+  const Matrix q_chunk = x.q.at(b, head, sequence.q_row + row_begin);
+  const Matrix dout_chunk = x.dout.at(b, head, sequence.q_row + row_begin);
+  const bool q_in_place = Operands<M>::right_in_place(q_chunk, head_dim);
+  const bool dout_in_place = Operands<M>::right_in_place(dout_chunk, head_dim);
+  E* q_packed = q_in_place ? nullptr : buffers.q.at_least(blocks * size);  // [blocks] right [kBlockM][padded_dim]
+  E* dout_packed = dout_in_place ? nullptr : buffers.dout.at_least(blocks * size);  // likewise
+  const E* q = q_in_place ? q_chunk.row<E>(0) : q_packed;
+  const E* dout = dout_in_place ? dout_chunk.row<E>(0) : dout_packed;
+  const int64_t q_row = q_in_place ? q_chunk.row_stride : padded_dim;
+  const int64_t dout_row = dout_in_place ? dout_chunk.row_stride : padded_dim;
+  A* dq_t = buffers.dq_t.at_least(blocks * size);  // [blocks][head_dim][kBlockM]
   A* lse = buffers.lse.at_least(blocks * kBlockM);
   A* delta = buffers.delta.at_least(blocks * kBlockM);
   A* s = buffers.s.at_least(kBlockN * kBlockM);    // S^T [kBlockN][kBlockM]
@@ -918,8 +945,8 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
     const Matrix dlse_block = x.has_dlse ? x.dlse.at(b, head, first) : Matrix();
     Operands<M>::right_columns(q_block, rows, head_dim, scores.negate, q_t + block * size);
     Operands<M>::right_columns(dout_block, rows, head_dim, false, dout_t + block * size);
-    Operands<M>::right_rows(q_block, rows, head_dim, q + block * size);
-    Operands<M>::right_rows(dout_block, rows, head_dim, dout + block * size);
+    if (!q_in_place) Operands<M>::right_rows(q_block, rows, head_dim, q_packed + block * size);
+    if (!dout_in_place) Operands<M>::right_rows(dout_block, rows, head_dim, dout_packed + block * size);
     read_row_statistics<kBlockM>(dout_block, x.out.at(b, head, first), x.lse.at(b, head, first),
                                  x.has_dlse ? &dlse_block : nullptr, rows, head_dim, lse + block * kBlockM,
                                  delta + block * kBlockM);
@@ -980,14 +1007,14 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
         if (last <= first) continue;
         first = first / step * step;
         const int64_t row_depth = round_up(last - first, M::kDepthUnit), left = i * kBlockM + first,
-                      right = block * size + first * padded_dim;
+                      right = block * kBlockM + first;
 
         // dV += P^T dO
-        M::multiply(part_rows, padded_dim, row_depth, {p + left, kBlockM, 1}, dout + right, padded_dim,
+        M::multiply(part_rows, padded_dim, row_depth, {p + left, kBlockM, 1}, dout + right * dout_row, dout_row,
                     dv + (n + i) * padded_dim, padded_dim, false);
 
         // dK += dS^T Q
-        M::multiply(part_rows, padded_dim, row_depth, {ds + left, kBlockM, 1}, q + right, padded_dim,
+        M::multiply(part_rows, padded_dim, row_depth, {ds + left, kBlockM, 1}, q + right * q_row, q_row,
                     dk + (n + i) * padded_dim, padded_dim, false);
       }
     }
@@ -995,8 +1022,10 @@ void backward_chunk(const BackwardHeads& x, const Problem& problem, const Sequen
 
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t row = row_begin + block * kBlockM;
+    A* dq_block = dq_t + block * size;
+    for (int64_t i = 0; i < size; ++i) dq_block[i] *= static_cast<A>(problem.options.softmax_scale);
     write_transposed<kBlockM>(x.dq.at(b, head, sequence.q_row + row), std::min(kBlockM, row_end - row), head_dim,
-                              static_cast<A>(problem.options.softmax_scale), dq_t + block * size);
+                              dq_block);
   }
 }
 
