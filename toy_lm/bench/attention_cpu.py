@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -122,13 +123,17 @@ def describe(cell: Cell) -> str:
 
 
 def least_seconds(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The least time of each call, taken in turns for `seconds` in all; the first round is not counted."""
+    """The least time of each call, taken in turns for `seconds` in all; the first round is not counted.
+
+    Each round has an order of its own: what a call leaves in the caches must not fall on the same one every time.
+    """
     least = dict.fromkeys(calls, float("inf"))
     for function in calls.values():
         function()
+    order = random.Random(0)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or float("inf") in least.values():
-        for name, function in calls.items():
+        for name, function in order.sample(sorted(calls.items()), len(calls)):
             start = time.perf_counter()
             function()
             least[name] = min(least[name], time.perf_counter() - start)
