@@ -1,6 +1,7 @@
 """`bench training`: both contestants in the tables, the loss that is raced for, and what is refused."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -40,7 +41,7 @@ def arguments(tmp_path, monkeypatch):
     shape = dataclasses.replace(full.model, num_layers=1, model_dim=32, num_heads=2, num_kv_heads=2, head_dim=16)
     monkeypatch.setitem(config.PRESETS, "shakespeare-cpu", dataclasses.replace(full, model=shape, train=train))
     monkeypatch.setattr(training, "_matrix_product_flops", lambda device: 1e12)
-    return ["--device", "cpu", "--text", str(tmp_path / "text.txt")]
+    return ["--device", "cpu", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
 
 
 def test_both_run_and_the_race_is_for_nanogpts_loss_unless_told(arguments, tmp_path, capsys):
@@ -53,6 +54,12 @@ def test_both_run_and_the_race_is_for_nanogpts_loss_unless_told(arguments, tmp_p
     assert re.search(
         r"^loss 3.5, slowest of 2: \d+\.\d\d s; nanoGPT (there after|does not get there)", out, re.MULTILINE
     )
+    written = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert [row["name"] for row in written["steady"]] == names
+    assert [race["name"] for race in written["races"]] == ["this project, seed 0", "this project, seed 1", "nanoGPT"]
+    best = [f"best {min(loss for _, _, loss in race['curve']):.4f} at" for race in written["races"]]
+    assert all(words in out for words in best)
+    assert (tmp_path / "out" / "training.png").stat().st_size > 1000 or "matplotlib is not installed" in out
 
 
 def test_the_loss_is_the_mean_over_the_whole_validation_text(arguments, capsys):

@@ -1,4 +1,4 @@
-"""Training beside nanoGPT: the same text, the same shape, in one process, on one machine.
+"""Training beside nanoGPT: the same text, the same shape, in one process: tables, training.json, training.png.
 
     toy-lm bench training --text input.txt --nanogpt FOLDER                   on a GPU nanoGPT's shakespeare-char run
     toy-lm bench training --text input.txt --nanogpt FOLDER --device cpu      its README's run for a CPU
@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import json
 import math
 import pathlib
 import tempfile
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from toy_lm import data
+from toy_lm import data, picture
 from toy_lm.config import ModelConfig, Preset, TrainConfig, preset
 from toy_lm.device import pick_device, training_dtype
 from toy_lm.model import Transformer
@@ -36,6 +37,8 @@ from toy_lm.optimizer import Optimizer
 from toy_lm.step import TrainStep
 from toy_lm.tokenizer import Tokenizer
 from toy_lm.train import learning_rate
+
+NANOGPT = "nanoGPT"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +56,10 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Race:
-    """Seconds of training, evaluations and the first step left out."""
+    """How one contestant fared. Seconds are of training: evaluations and the first step are left out."""
 
+    name: str
+    curve: list[tuple[float, int, float]]  # seconds, step, validation loss at each evaluation
     at_target: float  # inf if it was not reached
     seconds: float  # in all
 
@@ -69,6 +74,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="how many runs of this project race")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--skip-race", action="store_true", help="measure the steady state only")
+    parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for training.json and training.png")
     options = parser.parse_args(arguments)
 
     device = pick_device(options.device)
@@ -85,11 +91,49 @@ def run(arguments: Sequence[str]) -> None:
         makers = [functools.partial(_this_project, chosen, train, device, seed) for seed in range(options.seeds)]
         if options.nanogpt:
             makers.append(functools.partial(_nanogpt, pathlib.Path(options.nanogpt), chosen, train_ids, device))
-        _steady_state([makers[0], *makers[options.seeds :]], chosen, device)
+        steady = _steady_state([makers[0], *makers[options.seeds :]], chosen, device)
+        races = []
         if not options.skip_race:
             races = [_race(make(), validation, chosen, target, device) for make in makers]
             if options.nanogpt:
                 _compare(races, target)
+    _write(pathlib.Path(options.out), kernels.load(device).line, steady, races, target)
+
+
+def _write(folder: pathlib.Path, machine: str, steady: list[dict], races: Sequence[Race], target: float) -> None:
+    """The figures, and the picture of a race, if there was one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "machine": machine,
+        "steady": steady,
+        "target": target,
+        "races": [{"name": race.name, "curve": race.curve} for race in races],
+    }
+    (folder / "training.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    print(f"figures: {folder / 'training.json'}")
+    if races:
+        print(plot(folder / "training.png", races, target))
+
+
+def plot(path: pathlib.Path, races: Sequence[Race], target: float) -> str:
+    """Draw each contestant's validation loss over the seconds; returns a line that says where the picture is."""
+    figure = picture.new_figure(8, 4.5)
+    if figure is None:
+        return picture.save(None, path)
+    panel = figure.add_subplot()
+    for race in races:
+        style: dict[str, Any] = {"color": picture.BLUE, "linewidth": 1.8}
+        if race.name == NANOGPT:
+            style = {"color": picture.RED, "linewidth": 1.8, "linestyle": "--"}
+        seconds, _, losses = zip(*race.curve, strict=True)
+        panel.plot(seconds, losses, label=race.name, **style)
+        panel.plot(seconds[-1], losses[-1], marker="o", color=style["color"])
+    panel.axhline(target, color=picture.GRAY, linewidth=1, label=f"{target}, the loss that is raced for")
+    panel.set_xscale("log")
+    panel.set(xlabel="seconds of training", ylabel="validation loss, nats per token", title="Loss over time")
+    panel.legend(frameon=False)
+    picture.clean(panel)
+    return picture.save(figure, path)
 
 
 def _this_project(chosen: Preset, windows: data.Windows, device: torch.device, seed: int) -> Contestant:
@@ -189,7 +233,7 @@ def _nanogpt(folder: pathlib.Path, chosen: Preset, token_ids: np.ndarray, device
 
     count = sum(parameter.numel() for parameter in model.parameters())
     return Contestant(
-        name="nanoGPT",
+        name=NANOGPT,
         step=step,
         losses=losses,
         num_parameters=count,
@@ -209,8 +253,8 @@ def _import(path: pathlib.Path) -> Any:
     return module
 
 
-def _steady_state(makers: Sequence[Callable[[], Contestant]], chosen: Preset, device: torch.device) -> None:
-    """Tokens per second, each contestant timed in turn, five times; the median counts."""
+def _steady_state(makers: Sequence[Callable[[], Contestant]], chosen: Preset, device: torch.device) -> list[dict]:
+    """Tokens per second, each contestant timed in turn, five times; the median counts. Prints and returns the rows."""
     steps = 60 if device.type == "cuda" else 10
     contestants, starts, done = [], [], []
     for make in makers:
@@ -235,6 +279,7 @@ def _steady_state(makers: Sequence[Callable[[], Contestant]], chosen: Preset, de
     peak = _matrix_product_flops(device)
     print(f"a plain matrix product here: {peak / 1e12:.2f} TFLOP/s")
     print("| | first step, s | tokens a step | ms per step | tokens/s | share of that |\n|---|---|---|---|---|---|")
+    rows = []
     for contestant, start, seconds in zip(contestants, starts, times, strict=True):
         median = sorted(seconds)[len(seconds) // 2]
         num_tokens = contestant.batch_size * chosen.train.seqlen
@@ -243,6 +288,8 @@ def _steady_state(makers: Sequence[Callable[[], Contestant]], chosen: Preset, de
         flops = (6 * contestant.num_parameters + attention) * num_tokens / median
         speed = f"{median * 1e3:.2f} | {num_tokens / median:,.0f} | {flops / peak:.1%}"
         print(f"| {contestant.name} | {start:.1f} | {num_tokens} | {speed} |", flush=True)
+        rows.append({"name": contestant.name, "first_step": start, "seconds": seconds, "share": flops / peak})
+    return rows
 
 
 def _race(
@@ -256,7 +303,7 @@ def _race(
     contestant.step(0)
     _wait(device)
     first, seconds = time.perf_counter() - begin, 0.0
-    at_target, at_step, best, best_step = math.inf, 0, math.inf, 0
+    curve: list[tuple[float, int, float]] = []
     begin = time.perf_counter()
     for number in range(1, contestant.num_steps):
         contestant.step(number)
@@ -267,11 +314,10 @@ def _race(
         with torch.no_grad():
             nats = sum(contestant.losses(*validation.at(batch)).sum().item() for batch in batches)
         loss = nats / (len(starts) * chosen.train.seqlen)
-        if loss < best:
-            best, best_step = loss, number + 1
-        if loss <= target and not at_step:
-            at_target, at_step = seconds, number + 1
+        curve.append((seconds, number + 1, loss))
         begin = time.perf_counter()
+    at_target, at_step, _ = next((point for point in curve if point[2] <= target), (math.inf, 0, 0.0))
+    _, best_step, best = min(curve, key=lambda point: point[2])
     reached = f"{at_target:.2f} s, step {at_step}" if at_step else "not reached"
     print(
         f"{contestant.name} ({contestant.num_parameters:,} parameters): loss {target} after {reached}; "
@@ -279,7 +325,7 @@ def _race(
         f"the first (compiling) {first:.1f} s",
         flush=True,
     )
-    return Race(at_target=at_target, seconds=seconds)
+    return Race(name=contestant.name, curve=curve, at_target=at_target, seconds=seconds)
 
 
 def _compare(races: Sequence[Race], target: float) -> None:
