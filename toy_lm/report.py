@@ -10,6 +10,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from toy_lm import picture
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metrics:
@@ -57,25 +59,23 @@ def plot_losses(
     limit  the text's entropy in nats per token, if it is known: a line that the losses cannot cross
     peer   nanoGPT's best validation loss on this text, if it is known: a line that they should cross
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return f"no {path.name}: matplotlib is not installed (pip install matplotlib)"
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = picture.new_figure(7, 4.2)
+    if figure is None:
+        return picture.save(None, path)
     axes = figure.add_subplot()
     steps = [row.step for row in rows]
-    axes.plot(steps, [row.train_loss for row in rows], label="training (mean since the point before)")
-    axes.plot(steps, [row.validation_loss for row in rows], label="validation")
+    training = [row.train_loss for row in rows]
+    axes.plot(steps, training, color=picture.LIGHT_BLUE, label="training (mean since the point before)")
+    axes.plot(steps, [row.validation_loss for row in rows], color=picture.BLUE, label="validation")
     if limit is not None:
-        axes.axhline(limit, color="black", linestyle="--", linewidth=1, label=f"the text's entropy, {limit:.3f}")
+        axes.axhline(limit, color=picture.INK, linestyle="--", linewidth=1, label=f"the text's entropy, {limit:.3f}")
     if peer is not None:
-        axes.axhline(peer, color="gray", linestyle=":", linewidth=1.5, label=f"nanoGPT's best, {peer:.4f}")
+        axes.axhline(peer, color=picture.RED, linestyle="--", linewidth=1.6, label=f"nanoGPT's best, {peer:.4f}")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     if rows and min(row.validation_loss for row in rows) > 0 and math.isfinite(rows[0].train_loss):
         axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    return f"picture: {path}"
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.legend(frameon=False)
+    picture.clean(axes)
+    return picture.save(figure, path)
