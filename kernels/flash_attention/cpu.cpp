@@ -308,6 +308,8 @@ struct Operands<Plain<A>> {
 
   // A block of keys where it lies; not if its rows are far apart, because these would share few of the cache's sets.
   static bool in_place(const Matrix& matrix) { return holds(matrix) && matrix.row_stride <= kMaxHeadDim; }
+  static bool rows_fit(const Matrix& matrix, int64_t, int64_t) { return in_place(matrix); }
+  static bool columns_fit(const Matrix& matrix) { return in_place(matrix); }
   static Left<E> rows_in_place(const Matrix& block) { return {block.row<A>(0), block.row_stride, 1}; }
   static Left<E> columns_in_place(const Matrix& block) { return {block.row<A>(0), 1, block.row_stride}; }
 
@@ -363,7 +365,12 @@ struct Operands<Bf16Pairs<kBlockM>> {
 
   static int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, Bf16PairProducts::kDepthUnit); }
 
-  static bool in_place(const Matrix&) { return false; }
+  // Whole blocks of keys can be used where they lie, seen as rows.
+  static bool rows_fit(const Matrix& matrix, int64_t keys, int64_t head_dim) {
+    return keys >= kBlockN && matrix.dim_stride == 1 && matrix.row_stride <= kMaxHeadDim &&
+           head_dim == padded_dim(head_dim);
+  }
+  static bool columns_fit(const Matrix&) { return false; }
   static Left<E> rows_in_place(const Matrix& block) { return {block.row<E>(0), block.row_stride, 1}; }
   static Left<E> columns_in_place(const Matrix& block) { return rows_in_place(block); }
 
@@ -404,7 +411,8 @@ struct Operands<Bf16Pairs<kBlockM>> {
       const E* low = i < rows ? block.row<E>(i) : kZeros;
       const E* high = i + 1 < rows ? block.row<E>(i + 1) : kZeros;
       if (block.dim_stride == 1) {
-        for (int64_t d = 0; d < head_dim; ++d) pairs[d] = low[d].bits | static_cast<uint32_t>(high[d].bits) << 16;
+        uint32_t* __restrict to = pairs;
+        for (int64_t d = 0; d < head_dim; ++d) to[d] = low[d].bits | static_cast<uint32_t>(high[d].bits) << 16;
       } else {
         const int64_t low_stride = i < rows ? block.dim_stride : 1, high_stride = i + 1 < rows ? block.dim_stride : 1;
         for (int64_t d = 0; d < head_dim; ++d)
@@ -419,8 +427,15 @@ struct Operands<Bf16Pairs<kBlockM>> {
     alignas(64) E staged[kBlockM * kMaxHeadDim];
     const int64_t width = padded_dim(head_dim);
     uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-    copy(block, rows, head_dim, staged, width, kBlockM);
-    transpose(reinterpret_cast<const uint32_t*>(staged), width / 2, kBlockM, width / 2, pairs, kBlockM);
+    const E* from = staged;
+    int64_t from_row = width;
+    if (rows == kBlockM && head_dim == width && block.dim_stride == 1 && block.row_stride % 2 == 0) {
+      from = block.row<E>(0);
+      from_row = block.row_stride;
+    } else {
+      copy(block, rows, head_dim, staged, width, kBlockM);
+    }
+    transpose(reinterpret_cast<const uint32_t*>(from), from_row / 2, kBlockM, width / 2, pairs, kBlockM);
     if (negate)
       for (int64_t i = 0; i < width / 2 * kBlockM; ++i) pairs[i] ^= 0x80008000u;
   }
@@ -455,7 +470,7 @@ struct KeyBlocks {
 
   TOY_LM_NOINLINE Left<E> rows(int64_t n, Buffer<E>& scratch) const {
     if (packed) return Operands<M>::packed_rows(packed + n / kBlockN * block_size(head_dim), head_dim);
-    if (Operands<M>::in_place(matrix)) return Operands<M>::rows_in_place(matrix.from(n));
+    if (Operands<M>::rows_fit(matrix, seqlen_k - n, head_dim)) return Operands<M>::rows_in_place(matrix.from(n));
     E* block = scratch.at_least(block_size(head_dim));
     Operands<M>::pack_rows(matrix.from(n), std::min(kBlockN, seqlen_k - n), head_dim, block);
     return Operands<M>::packed_rows(block, head_dim);
@@ -463,7 +478,7 @@ struct KeyBlocks {
 
   TOY_LM_NOINLINE Left<E> columns(int64_t n, Buffer<E>& scratch) const {
     if (packed) return Operands<M>::packed_columns(packed + n / kBlockN * block_size(head_dim), head_dim);
-    if (Operands<M>::in_place(matrix)) return Operands<M>::columns_in_place(matrix.from(n));
+    if (Operands<M>::columns_fit(matrix)) return Operands<M>::columns_in_place(matrix.from(n));
     E* block = scratch.at_least(block_size(head_dim));
     Operands<M>::pack_columns(matrix.from(n), std::min(kBlockN, seqlen_k - n), head_dim, block);
     return Operands<M>::packed_columns(block, head_dim);
@@ -765,12 +780,11 @@ double count_flops(const Problem& problem) {
   return 4.0 * pairs * static_cast<double>(problem.num_heads * problem.head_dim) * (problem.options.causal ? 0.5 : 1.0);
 }
 
-// Packs K or V of all key heads, block by block, where that is needed and more than two blocks of queries use it.
+// Packs K or V of all key heads, block by block, if more than two blocks of queries use it.
 template <class M, class Pack>
 const typename M::Element* pack_keys(const Problem& problem, const Heads& keys, Buffer<typename M::Element>& buffer,
                                      const Pack& pack) {
   constexpr int64_t kBlockM = M::kBlockM;
-  if (Operands<M>::in_place(keys.first)) return nullptr;
   int64_t most_blocks = 0;
   for (const Sequence& sequence : problem.sequences)
     most_blocks = std::max(most_blocks, ceil_div(sequence.seqlen_q, kBlockM));
@@ -798,8 +812,10 @@ void forward_all(const Problem& problem, const Heads& q, const Heads& k, const H
   constexpr int64_t kBlockM = M::kBlockM;
   using E = typename M::Element;
   thread_local Buffer<E> k_buffer, v_buffer;
-  const E* k_packed = pack_keys<M>(problem, k, k_buffer, &Operands<M>::pack_rows);
-  const E* v_packed = pack_keys<M>(problem, v, v_buffer, &Operands<M>::pack_columns);
+  const E *k_packed = nullptr, *v_packed = nullptr;
+  if (!Operands<M>::rows_fit(k.first, kBlockN, problem.head_dim))
+    k_packed = pack_keys<M>(problem, k, k_buffer, &Operands<M>::pack_rows);
+  if (!Operands<M>::columns_fit(v.first)) v_packed = pack_keys<M>(problem, v, v_buffer, &Operands<M>::pack_columns);
   const std::vector<int64_t> starts = count_blocks(problem.sequences, &Sequence::seqlen_q, kBlockM);
   const std::vector<int64_t> key_starts = count_blocks(problem.sequences, &Sequence::seqlen_k, kBlockN);
   const int64_t blocks = starts.back(), head_dim = problem.head_dim, size = KeyBlocks<M>::block_size(head_dim);
