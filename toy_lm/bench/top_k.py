@@ -7,13 +7,15 @@
                   over the bandwidth that a copy reaches on this machine
 
 On a GPU a time is the median over replays of a CUDA graph of the call, with cold caches: the time of the device, not of
-Python on the host, which hides only behind work that is as long. On a CPU it is of wall times, all calls taking turns.
+Python on the host, which hides only behind work that is as long. On a CPU it is of wall times: the calls take turns,
+each repeated for a while, and the first of a turn does not count.
 
 Knows the ops; knows nothing of how they work.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -41,7 +43,7 @@ CPU_SIZES = ((30_000, 32, 32), (1, 50_304, 50), (64, 50_304, 50), (16, 512, 40))
 CURVE = (1, 4, 16, 64, 256, 1024)  # k, at the size below
 GPU_CURVE_SIZE, CPU_CURVE_SIZE = (256, 128_256), (16, 50_304)
 TEMPERATURE = 0.8
-CPU_SECONDS = 1.5  # that the calls at one size take turns
+CPU_SECONDS, CPU_TURN = 1.5, 0.01  # that the calls at one size take turns, and that one turn lasts
 OURS = ("kernels.top_k", "kernels.sample top-k", "kernels.sample top-p", "kernels.sample min-p")
 MARKS = {  # in the picture: ours are blue
     "kernels.top_k": ("D", picture.LIGHT_BLUE),
@@ -134,12 +136,17 @@ def time_calls(named: Mapping[str, Callable[[], object]], device: torch.device) 
         return {name: time_graph(call) for name, call in named.items()}
     seconds: dict[str, list[float]] = {name: [] for name in named}
     begin = time.perf_counter()
-    while time.perf_counter() - begin < CPU_SECONDS or len(seconds["max"]) < 7:
+    for rounds in itertools.count():
+        if rounds >= 3 and time.perf_counter() - begin > CPU_SECONDS:
+            break
         for name, call in named.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+            call()  # finds the caches, the threads and the free memory as another call left them
+            turn = time.perf_counter()
+            while time.perf_counter() - turn < CPU_TURN:
+                start = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def time_graph(call: Callable[[], object]) -> float:
