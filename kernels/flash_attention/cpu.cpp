@@ -631,12 +631,12 @@ struct OnlineSoftmax {
     bool rescale = false;
     for (int64_t j = first_column; j < first_column + columns; j += W) {
       const Vec<A> old_max = load(row_max + j);
-      Vec<A> even_max = old_max, odd_max = old_max;
-      for (int64_t n = 0; n < keys; n += 2) {
-        even_max = max<A>(load(s + n * kBlockM + j), even_max);
-        odd_max = max<A>(load(s + (n + 1) * kBlockM + j), odd_max);
-      }
-      Vec<A> new_max = max<A>(even_max, odd_max);
+      Vec<A> most[4] = {old_max, old_max, old_max, old_max};  // a maximum takes as long as four loads
+      int64_t at = 0;
+      for (; at + 4 <= keys; at += 4)
+        for (int i = 0; i < 4; ++i) most[i] = max<A>(load(s + (at + i) * kBlockM + j), most[i]);
+      for (; at < keys; ++at) most[0] = max<A>(load(s + at * kBlockM + j), most[0]);
+      Vec<A> new_max = max<A>(max<A>(most[0], most[1]), max<A>(most[2], most[3]));
       new_max = select<A>((new_max - old_max) * factor > kSlack, new_max, old_max);
       const Vec<A> shift = select<A>(new_max == kHidden, Vec<A>{}, new_max * factor);
       Vec<A> even_sum{}, odd_sum{};

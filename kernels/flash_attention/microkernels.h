@@ -260,11 +260,11 @@ inline Vec<E> exchange(Vec<E> x, Vec<E> y, std::index_sequence<kLane...>) {
 #endif
 }
 
-// Transposes a square of vectors by rounds of such exchanges, kStep = 1, 2, 4...
-template <class E, int kStep>
+// Transposes squares of kEnd vectors by rounds of such exchanges, kStep = 1, 2, 4...
+template <class E, int kStep, int kEnd>
 inline void transpose_square(Vec<E>* rows) {
   constexpr int W = kWidth<E>;
-  if constexpr (kStep < W) {
+  if constexpr (kStep < kEnd) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
       if (i & kStep) continue;
@@ -272,7 +272,39 @@ inline void transpose_square(Vec<E>* rows) {
       rows[i] = exchange<E, kStep, true>(x, y, std::make_index_sequence<W>());
       rows[i | kStep] = exchange<E, kStep, false>(x, y, std::make_index_sequence<W>());
     }
-    transpose_square<E, kStep * 2>(rows);
+    transpose_square<E, kStep * 2, kEnd>(rows);
+  }
+}
+
+// Four 32-bit elements at p, at p + step, at p + 2 step...
+template <class E>
+inline Vec<E> load_fours(const E* p, [[maybe_unused]] int64_t step) {
+#if !defined(TOY_LM_PLAIN) && defined(__AVX2__)
+  const auto four = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * step)); };
+#if defined(__AVX512F__)
+  __m512i x = _mm512_inserti32x4(_mm512_castsi128_si512(four(0)), four(1), 1);
+  x = _mm512_inserti32x4(_mm512_inserti32x4(x, four(2), 2), four(3), 3);
+  return (Vec<E>)x;
+#else
+  return (Vec<E>)_mm256_inserti128_si256(_mm256_castsi128_si256(four(0)), four(1), 1);
+#endif
+#else
+  return load(p);
+#endif
+}
+
+// rows[c] lane r = from[r][c], for a square. Squares of four by four change places while they are loaded, which costs
+// less than an exchange.
+template <class E>
+inline void load_transposed(const E* from, int64_t from_row, Vec<E>* rows) {
+  constexpr int W = kWidth<E>;
+  if constexpr (sizeof(E) == 4) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = load_fours(from + i % 4 * from_row + i / 4 * 4, 4 * from_row);
+    transpose_square<E, 1, 4>(rows);
+  } else {
+    for (int i = 0; i < W; ++i) rows[i] = load(from + i * from_row);
+    transpose_square<E, 1, W>(rows);
   }
 }
 
@@ -296,19 +328,19 @@ template <class E>
 TOY_LM_NOINLINE void transpose(const E* from, int64_t from_row, int64_t rows, int64_t columns, E* to, int64_t to_row) {
   constexpr int W = kWidth<E>;
   Vec<E> tile[W];
+  E edge[W * W];  // a square that is not whole
   for (int64_t r = 0; r < rows; r += W)
     for (int64_t c = 0; c < columns; c += W) {
-      if (r + W <= rows && c + W <= columns) {
-        for (int i = 0; i < W; ++i) tile[i] = load(from + (r + i) * from_row + c);
+      const int64_t in_column = rows - r < W ? rows - r : W, in_row = columns - c < W ? columns - c : W;
+      if (in_column == W && in_row == W) {
+        load_transposed(from + r * from_row + c, from_row, tile);
       } else {
-        const int64_t in_row = columns - c < W ? columns - c : W;
-        for (int i = 0; i < W; ++i) {
-          tile[i] = Vec<E>{};
-          if (r + i < rows) std::memcpy(&tile[i], from + (r + i) * from_row + c, in_row * sizeof(E));
-        }
+        std::memset(edge, 0, sizeof edge);
+        for (int64_t i = 0; i < in_column; ++i)
+          std::memcpy(edge + i * W, from + (r + i) * from_row + c, in_row * sizeof(E));
+        load_transposed(edge, W, tile);
       }
-      transpose_square<E, 1>(tile);
-      for (int i = 0; i < W && c + i < columns; ++i) store(to + (c + i) * to_row + r, tile[i]);
+      for (int64_t i = 0; i < in_row; ++i) store(to + (c + i) * to_row + r, tile[i]);
     }
 }
 
