@@ -7,7 +7,7 @@
 //
 // Everything is computed transposed, S^T = K Q^T and O^T = V^T P^T, with the queries of a block side by side in vector
 // lanes: row_max, row_sum and the rescaling are then plain vector arithmetic, and K and V are read one element at a
-// time (broadcast), so that they need no packing. In bf16 pairs (microkernels.h) they are packed once for all queries.
+// time (broadcast), so that they need no packing. In bf16 pairs (microkernels.h) V is packed once for all queries.
 //
 //               kBlockM queries (lanes)            Forward, one task: one Q block of one head. Loops over K, V blocks.
 //               +-----------------+                Backward, one task: one key head, or a share of its query blocks.

@@ -417,6 +417,11 @@ struct Plain {
     if constexpr (std::is_same_v<A, float>) {  // fp64 is for checking gradients: less code for it
       for (; j + kVectors * W <= columns; j += kVectors * W)
         panel<kVectors>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
+      if constexpr (kVectors > 3)
+        if (j + 3 * W <= columns) {
+          panel<3>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
+          j += 3 * W;
+        }
       if (kVectors > 2 && j + 2 * W <= columns) {
         panel<2>(rows, depth, a, b + j, b_row, c + j, c_row, fresh);
         j += 2 * W;

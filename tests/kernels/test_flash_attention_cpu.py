@@ -239,6 +239,27 @@ def test_not_a_number_is_passed_on():
         assert out[:, :, :69].isfinite().all() and lse[:, :, :69].isfinite().all()
 
 
+def test_not_a_number_stays_in_its_call():
+    """Tiles that no query sees are not computed: what an earlier call left in their memory must not be used."""
+    for dtype, options in itertools.product(
+        (torch.float32, torch.bfloat16), ({"causal": True}, {"causal": True, "window_size": 20}, {"window_size": 20})
+    ):
+        tensors = [torch.randn(1, 1, 200, 32, dtype=dtype) for _ in range(3)]
+        dout, dlse = torch.randn(1, 1, 200, 32, dtype=dtype), torch.randn(1, 1, 200)
+
+        def fused(*x, options=options):
+            return kernels.flash_attention(*x, return_lse=True, **options)
+
+        def full(*x):
+            return kernels.flash_attention(*x, return_lse=True)
+
+        before = run_attention(fused, tensors, dout, dlse)
+        poison = run_attention(full, [torch.full_like(x, torch.nan) for x in tensors], dout, dlse)
+        assert all(value.isnan().all() for value in poison.values())
+        after = run_attention(fused, tensors, dout, dlse)
+        assert all(torch.equal(value, after[name]) for name, value in before.items()), (dtype, options)
+
+
 def test_wrong_lengths_are_refused_by_name():
     x = torch.randn(10, 1, 8)
     right = torch.tensor([0, 4, 10], dtype=torch.int32)
