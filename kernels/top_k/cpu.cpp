@@ -2,7 +2,7 @@
 //
 // What it does. A row is read once, front to back, against a threshold: the k-th best value seen so far. Nearly every
 // vector of the row lies below it and costs one load and one comparison. What does not lie below goes into a small
-// buffer; when that is full it is sorted, its better half kept, and the threshold rises. On random data about
+// buffer; when that is full, the k best of it are kept, and the threshold rises. On random data about
 // k ln(n / k) of n values ever enter the buffer; on the worst data (ascending rows) all do, at a bounded cost each.
 //
 // An entry of the buffer is one 64-bit integer: the value as an order-preserving 32-bit key above the complement of its
@@ -300,13 +300,29 @@ void sort_descending(int64_t* a, int64_t count) {
 
 int64_t padded(int64_t count) { return int64_t(std::bit_ceil(uint64_t(std::max<int64_t>(count, 16)))); }
 
+// A number that exactly k of `count` different integers reach, by halving the range in which the k-th largest can lie.
+int64_t kth_largest(const int64_t* a, int64_t count, int64_t k) {
+  int64_t low = a[0], high = a[0];
+  for (int64_t i = 1; i < count; ++i) low = std::min(low, a[i]), high = std::max(high, a[i]);
+  while (low < high) {
+    const int64_t trial = low + int64_t((uint64_t(high) - uint64_t(low)) / 2) + 1;
+    int64_t reached = 0;
+    for (int64_t i = 0; i < count; ++i) reached += a[i] >= trial;
+    if (reached == k) return trial;
+    if (reached > k) low = trial;
+    else high = trial - 1;
+  }
+  return low;
+}
+
 // The best candidates of a row. One object per thread: its buffer is kept between rows.
 class Selection {
  public:
-  // The best k of the row, 1 <= k <= n, in descending order.
+  // The best k of the row, 1 <= k <= n: in descending order, or else by their indices.
   template <class T>
-  int64_t* select(const T* row, int64_t n, int64_t k) {
+  int64_t* select(const T* row, int64_t n, int64_t k, bool sorted) {
     k_ = k;
+    sorted_ = sorted;
     filled_ = 0;
     const bool guessed = k >= kGuessFrom && n >= 8 * std::max(k, kSample);
     reserve(std::max(2 * padded(k), guessed ? kSample : 0));
@@ -324,7 +340,7 @@ class Selection {
     }
     filled_ = head;
     scan_row(row, n, head, shrink());
-    return filled_ == k ? buffer_.data() : best();
+    return best();
   }
 
   // Room for `count` integers, a power of two, to be used in another way.
@@ -345,9 +361,9 @@ class Selection {
       const int64_t index = i / kRun * (n / (kSample / kRun)) + i % kRun;
       sample[i] = pack(widen(row[index]), uint32_t(index));
     }
-    sort_descending(sample, kSample);
     const double expected = double(k_) * kSample / double(n);
-    return value_of(sample[std::min<int64_t>(kSample, int64_t(expected + 4 * std::sqrt(expected)) + 4) - 1]);
+    const int64_t rank = std::min<int64_t>(kSample, int64_t(expected + 4 * std::sqrt(expected)) + 4);
+    return value_of(kth_largest(sample, kSample, rank));
   }
 
   // Take in what exceeds the threshold from `start` on.
@@ -362,6 +378,10 @@ class Selection {
 
   int64_t* best() {
     shrink();
+    if (sorted_) {
+      std::fill(buffer_.begin() + k_, buffer_.begin() + padded(k_), kNothing);
+      sort_descending(buffer_.data(), padded(k_));
+    }
     return buffer_.data();
   }
 
@@ -378,16 +398,23 @@ class Selection {
     return threshold;
   }
 
-  // Keep the best k of the buffer, sorted; returns the value that a later candidate has to exceed.
+  // Keep the best k of the buffer, in its order; returns the value that a later candidate has to exceed.
   float shrink() {
-    const int64_t count = padded(filled_);
-    std::fill(buffer_.begin() + filled_, buffer_.begin() + count, kNothing);
-    sort_descending(buffer_.data(), count);
-    filled_ = std::min(filled_, k_);
-    return value_of(buffer_[filled_ - 1]);
+    if (filled_ <= k_) return -kInfinity;
+    const int64_t cut = kth_largest(buffer_.data(), filled_, k_);
+    int64_t kept = 0, least = std::numeric_limits<int64_t>::max();
+    for (int64_t i = 0; i < filled_; ++i) {
+      const int64_t candidate = buffer_[i];
+      buffer_[kept] = candidate;
+      kept += candidate >= cut;
+      least = candidate >= cut ? std::min(least, candidate) : least;
+    }
+    filled_ = kept;
+    return value_of(least);
   }
 
   int64_t k_ = 0, filled_ = 0, capacity_ = 0;
+  bool sorted_ = true;
   std::vector<int64_t> buffer_;
 };
 
@@ -408,7 +435,7 @@ void top_k_rows(const Tensor& x, int64_t k, Tensor& values, Tensor& indices) {
   torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / n), [&](int64_t begin, int64_t end) {
     Selection selection;
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t* best = selection.select(rows + row * stride, n, k);
+      const int64_t* best = selection.select(rows + row * stride, n, k, true);
       unpack(best, k, out + row * k, out_indices + row * k);
     }
   });
@@ -689,7 +716,8 @@ void cut_at_top_p(const Row<T>& row, Scale scale, float top_p, Selection& select
   }
 }
 
-// The part of a row that top-k left, in descending order: top-p, min-p and the draw.
+// The part of a row that top-k left, in descending order or, if there is no top-p, in token order: top-p, min-p and the
+// draw.
 int64_t draw_from_best(int64_t* best, int64_t k, const Parameters& p, Scale scale, int64_t least_weight,
                        int64_t& total) {
   int64_t mass = 0;
@@ -705,8 +733,10 @@ int64_t draw_from_best(int64_t* best, int64_t k, const Parameters& p, Scale scal
     total += w;
     best[kept++] = (int64_t(0xfffff) - index_of(best[i])) << (kWeightBits + 1) | w;
   }
-  std::fill(best + kept, best + padded(kept), kNothing);
-  sort_descending(best, padded(kept));
+  if (p.top_p < 1.0f) {
+    std::fill(best + kept, best + padded(kept), kNothing);
+    sort_descending(best, padded(kept));
+  }
   int64_t left = random_below(total, philox(p.seed, p.step));
   constexpr int64_t kWeightMask = (int64_t(1) << (kWeightBits + 1)) - 1;
   while (left >= (*best & kWeightMask)) left -= *best++ & kWeightMask;
@@ -731,8 +761,8 @@ Answer sample_row(const Row<T>& row, const Parameters& p, bool return_logprobs, 
   Scale scale{0.0f, rate_of(temperature)};
   int64_t total = 0;
   if (k < vocab_size || (p.top_p < 1.0f && vocab_size <= kSortedWhole)) {
-    int64_t* best = workspace.selection.select(row.logits(), vocab_size, k);
-    scale.max = value_of(best[0]);
+    int64_t* best = workspace.selection.select(row.logits(), vocab_size, k, p.top_p < 1.0f);
+    scale.max = value_of(*std::max_element(best, best + k));
     if (!std::isfinite(scale.max)) return answer;
     answer.token_id = draw_from_best(best, k, p, scale, least_weight, total);
   } else {
