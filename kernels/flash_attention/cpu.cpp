@@ -237,11 +237,14 @@ class Buffer {
 
 // Copies between tensors and blocks
 
-// Do rows of a tensor hold whole vectors of A, so that they can be used where they lie?
+// Are rows of a tensor elements A side by side, and whole vectors of them?
+template <class A>
+bool holds(const Matrix& matrix) {
+  return matrix.dtype == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float) && matrix.dim_stride == 1;
+}
 template <class A>
 bool holds_vectors(const Matrix& matrix, int64_t dims) {
-  return matrix.dtype == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float) && matrix.dim_stride == 1 &&
-         dims % kWidth<A> == 0;
+  return holds<A>(matrix) && dims % kWidth<A> == 0;
 }
 
 // block [padded_rows][block_row] = matrix[0:rows, 0:dims], zero beyond
@@ -302,14 +305,10 @@ struct Operands<Plain<A>> {
 
   static int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, kWidth<A>); }
 
-  static bool holds(const Matrix& matrix) {
-    return matrix.dtype == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float) && matrix.dim_stride == 1;
-  }
-
-  // A block of keys where it lies; not if its rows are far apart, because these would share few of the cache's sets.
-  static bool in_place(const Matrix& matrix) { return holds(matrix) && matrix.row_stride <= kMaxHeadDim; }
-  static bool rows_fit(const Matrix& matrix, int64_t, int64_t) { return in_place(matrix); }
-  static bool columns_fit(const Matrix& matrix) { return in_place(matrix); }
+  // Can a block of keys be used where it lies, seen as rows or as columns? Not if its rows are far apart, because these
+  // would share few of the cache's sets.
+  static bool rows_fit(const Matrix& matrix, int64_t, int64_t) { return columns_fit(matrix); }
+  static bool columns_fit(const Matrix& matrix) { return holds<A>(matrix) && matrix.row_stride <= kMaxHeadDim; }
   static Left<E> rows_in_place(const Matrix& block) { return {block.row<A>(0), block.row_stride, 1}; }
   static Left<E> columns_in_place(const Matrix& block) { return {block.row<A>(0), 1, block.row_stride}; }
 
@@ -328,7 +327,7 @@ struct Operands<Plain<A>> {
     alignas(64) A staged[kBlockM * kMaxHeadDim];
     const A* from = staged;
     int64_t from_row = head_dim;
-    if (holds(block)) {
+    if (holds<A>(block)) {
       from = block.row<A>(0);
       from_row = block.row_stride;
     } else {
@@ -341,7 +340,7 @@ struct Operands<Plain<A>> {
 
   // Rows of queries as a right operand [rows][padded_dim], where they lie
   static bool right_in_place(const Matrix& matrix, int64_t head_dim) {
-    return in_place(matrix) && holds_vectors<A>(matrix, head_dim);
+    return columns_fit(matrix) && holds_vectors<A>(matrix, head_dim);
   }
 
   // right [kBlockM][padded_dim] = block
@@ -365,7 +364,7 @@ struct Operands<Bf16Pairs<kBlockM>> {
 
   static int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, Bf16PairProducts::kDepthUnit); }
 
-  // Whole blocks of keys can be used where they lie, seen as rows.
+  // Only whole blocks can be used where they lie, seen as rows.
   static bool rows_fit(const Matrix& matrix, int64_t keys, int64_t head_dim) {
     return keys >= kBlockN && matrix.dim_stride == 1 && matrix.row_stride <= kMaxHeadDim &&
            head_dim == padded_dim(head_dim);
@@ -631,7 +630,7 @@ struct OnlineSoftmax {
     bool rescale = false;
     for (int64_t j = first_column; j < first_column + columns; j += W) {
       const Vec<A> old_max = load(row_max + j);
-      Vec<A> most[4] = {old_max, old_max, old_max, old_max};  // a maximum takes as long as four loads
+      Vec<A> most[4] = {old_max, old_max, old_max, old_max};  // each waits for the one before, so four at a time
       int64_t at = 0;
       for (; at + 4 <= keys; at += 4)
         for (int i = 0; i < 4; ++i) most[i] = max<A>(load(s + (at + i) * kBlockM + j), most[i]);
