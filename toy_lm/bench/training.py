@@ -121,15 +121,16 @@ def plot(path: pathlib.Path, races: Sequence[Race], target: float) -> str:
     if figure is None:
         return picture.save(None, path)
     panel = figure.add_subplot()
-    for race in races:
-        style: dict[str, Any] = {"color": picture.BLUE, "linewidth": 1.8}
+    for number, race in enumerate(races):
+        color, line, label = picture.BLUE, "-", "" if number else "this project, each seed"
         if race.name == NANOGPT:
-            style = {"color": picture.RED, "linewidth": 1.8, "linestyle": "--"}
+            color, line, label = picture.RED, "--", NANOGPT
         seconds, _, losses = zip(*race.curve, strict=True)
-        panel.plot(seconds, losses, label=race.name, **style)
-        panel.plot(seconds[-1], losses[-1], marker="o", color=style["color"])
+        panel.plot(seconds, losses, color=color, linestyle=line, linewidth=1.8, label=label)
+        panel.plot(seconds[-1], losses[-1], marker="o", color=color)
     panel.axhline(target, color=picture.GRAY, linewidth=1, label=f"{target}, the loss that is raced for")
     panel.set_xscale("log")
+    panel.xaxis.set_major_formatter("{x:g}")
     panel.set(xlabel="seconds of training", ylabel="validation loss, nats per token", title="Loss over time")
     panel.legend(frameon=False)
     picture.clean(panel)
