@@ -275,6 +275,13 @@ TOY_LM_NOINLINE void write_rows(const Matrix& matrix, int64_t rows, int64_t dims
     for (int64_t i = 0; i < rows; ++i) {
       T* __restrict row = matrix.row<T>(i);
       const A* __restrict from = block + i * block_row;
+#if defined(TOY_LM_BF16_PAIRS)
+      if constexpr (std::is_same_v<T, BFloat16>)
+        if (matrix.dim_stride == 1 && dims % kWidth<A> == 0) {
+          for (int64_t d = 0; d < dims; d += kWidth<A>) store_rounded(row + d, load(from + d) * factor);
+          continue;
+        }
+#endif
       if (matrix.dim_stride == 1)
         for (int64_t d = 0; d < dims; ++d) row[d] = narrow<T>(factor * from[d]);
       else
@@ -450,8 +457,8 @@ struct Operands<Bf16Pairs<kBlockM>> {
     store(reinterpret_cast<uint32_t*>(to + n * kBlockM) + m, to_pairs(x, y));
   }
   static void store_left(E* to, int64_t n, int64_t m, Vec<float> x, Vec<float> y) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + n * kBlockM + m), (__m256i)_mm512_cvtneps_pbh((__m512)x));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (n + 1) * kBlockM + m), (__m256i)_mm512_cvtneps_pbh((__m512)y));
+    store_rounded(to + n * kBlockM + m, x);
+    store_rounded(to + (n + 1) * kBlockM + m, y);
   }
   static constexpr bool kOneLayout = false;
 };

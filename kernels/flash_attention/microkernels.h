@@ -440,6 +440,11 @@ struct BFloat16 {
 #if !defined(TOY_LM_PLAIN) && defined(__AVX512BF16__)
 #define TOY_LM_BF16_PAIRS 1
 
+// Rounds to nearest, ties to even; numbers below the smallest normal one become 0.
+inline void store_rounded(BFloat16* to, Vec<float> x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+
 #if defined(TOY_LM_AMX)
 // Linux hands out the tile registers on request, once per process.
 inline bool tiles_granted() {
