@@ -82,6 +82,7 @@ class TrainStep:
         self.first_unread = 0  # the row of `outcomes` to read from
         self.unread: list[Tensor] = []
         self.can_capture = device.type == "cuda" and not sharded
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.num_eager = 0
 
@@ -168,11 +169,14 @@ class TrainStep:
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
-        """On CUDA, a stream like the one that captures: autograd ties a parameter's gradient to the first it sees."""
-        if self.device.type != "cuda":
+        """On CUDA, a stream like the one that captures: autograd ties a parameter's gradient to the first it sees.
+
+        Always the same one: what is freed on a stream is only ever allocated again on that stream.
+        """
+        if self.stream is None:
             yield
             return
-        stream = torch.cuda.Stream(self.device)
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             yield

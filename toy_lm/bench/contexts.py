@@ -101,6 +101,7 @@ def _train(chosen: Preset, attention: str, device: torch.device, options: argpar
     step.read()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)  # without what the steps before the capture took aside
     begin = time.perf_counter()
     for _ in range(options.steps):
         step(number)
