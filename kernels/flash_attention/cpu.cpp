@@ -493,7 +493,8 @@ struct KeyBlocks {
 
 // Tasks
 
-// Runs f(task) for every task on torch's threads; whoever is free takes the next one.
+// Runs f(task) for every task on torch's threads. Each begins with a share of its own, the same in every call, so that
+// it finds in its cache what it read before; then it helps the others.
 template <class F>
 void for_each_task(int64_t tasks, double flops, const F& f) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
@@ -501,10 +502,21 @@ void for_each_task(int64_t tasks, double flops, const F& f) {
     for (int64_t task = 0; task < tasks; ++task) f(task);
     return;
   }
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const std::unique_ptr<Share[]> shares(new Share[threads]);
+  for (int64_t i = 0; i < threads; ++i) {
+    shares[i].next = tasks * i / threads;
+    shares[i].end = tasks * (i + 1) / threads;
+  }
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+      for (int64_t i = 0; i < threads; ++i) {
+        Share& share = shares[(thread + i) % threads];
+        for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) f(task);
+      }
   });
 }
 
