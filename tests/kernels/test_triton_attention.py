@@ -29,7 +29,8 @@ def compile_attention(name, head_dim, causal, capability, dtype=torch.bfloat16):
     tile = tiles.table_tile(name, CARDS[capability], head_dim, dtype, causal)
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "CAUSAL": causal,
-        "WINDOW": False, "SOFTCAP": False, "SCALE_FIRST": False, "VARLEN": False, "SPLIT": False, "EARLY": capability == 90,
+        "WINDOW": False, "SOFTCAP": False, "SCALE_FIRST": False, "VARLEN": False, "SPLIT": False,
+        "EARLY": capability == 90,
         "cu_seqlens_q": None, "cu_seqlens_k": None,
     }  # fmt: skip
     element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
