@@ -540,8 +540,9 @@ TILES = {
 # 16 / 8 / 4 / 2: 347 / 430 / 474 / 502 TFLOP/s, where one at a time gives 323 / 387 / 435 / 462. With a causal mask,
 # where programs start on different queries, it gains at 512 tokens alone: 209, not 193.
 MAX_IN_USE = {False: 1 << 20, True: 1 << 19}
-# Blocks of queries from which on programs go round: 491, 532, 525 and 531 TFLOP/s at 2048 to 16384 tokens and head_dim
-# 128, where beginning together gives 482, 502, 491 and 516; with fewer blocks it is the slower way.
+# Blocks of queries from which on programs go round. TFLOP/s at 512 to 16384 tokens, all going round: head_dim 128 330 /
+# 424 / 491 / 532 / 525 / 531, head_dim 64 273 / 350 / 404 / 441 / 443 / 450. Beginning together, in another run: 346 /
+# 416 / 482 / 475 / 491 / 512 and 283 / 363 / 417 / 440 / 429 / 440.
 LEAST_ROUND = 32
 
 

@@ -62,8 +62,8 @@ TILES = {
 }
 
 # What decoding does is read the cache, on every card: BLOCK_N keys at a time, by head_dim. From a sweep on an H200, one
-# query of 32 heads over the keys of 8, head_dim 128, us: 131072 keys in 33 splits 137.5 (cuDNN 137.4, a copy's rate
-# 126.9); without splits, 16 sequences of 8192 keys 132.4 (132.7), 64 of 4096 252.3 (249.8).
+# query of 32 heads over the keys of 8, head_dim 128, us: 32768 keys in 16 splits 50.0 (cuDNN 49.8; in 32 splits 49.7);
+# without splits, 16 sequences of 8192 keys 132.4 (132.7), 64 of 4096 252.3 (249.8).
 DECODE_TILES = {
     DECODE: {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 4), 256: Tile(16, 32, 4, 2)},
     DECODE_SPLIT: {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 2)},
