@@ -12,11 +12,12 @@ straight into the products for dV and dK:
     consumer 0            240   keys  0 ..  63: dK and dV of them in registers, dS^T to shared memory, half of a dQ tile
     consumer 1            240   keys 64 .. 127, the other half
     producer (a warp)      24   TMA: K and V once, then Q, dO, lse and delta block by block, STAGES ahead
-    reducer (a warp)       24   TMA: adds the dQ tiles into an fp32 tensor in device memory
+    reducers (a warp each) 24   TMA: add the dQ tiles into an fp32 tensor in device memory
 
 dQ of one block of queries is a sum over all the programs that own keys it sees. A floating-point sum depends on its
-order, so they add in a fixed one: a counter for each block of queries says whose turn it is, and the reducer waits for
-it; the consumers meanwhile go on. The order is that in which the programs come to a block if all are equally fast:
+order, so they add in a fixed one: a counter for each block of queries says whose turn it is, and a reducer waits for
+it; meanwhile the consumers go on, and a second reducer with the next block. The order is that in which the programs
+come to a block if all are equally fast:
 
     causal   the last keys first. Each begins at the queries of its own diagonal, so that they follow one another.
     full     the programs of a long sequence spread over its queries and go round: each begins where its share of them
@@ -165,8 +166,16 @@ def multiply_dq(ds_tiles, k_halves, i, consumer_id: gl.constexpr, DQ_LAYOUT: gl.
 
 
 @gluon.jit
+def place_of_row(row):
+    """Where a row lies in the sum of dQ: 0 .. 7 at 0 2 4 6 1 3 5 7, and so on. So the four rows that half a warp stores
+    at a time, 32 bytes of each, lie in different banks of a swizzled tile; in their own order they meet in pairs."""
+    return (row & -8) | (row << 1 & 6) | (row >> 2 & 1)
+
+
+@gluon.jit
 def hand_over_dq(dq_ring, dq, i, consumer_id: gl.constexpr):
-    """Give this consumer's half of dQ_i to the reducer."""
+    """Give this consumer's half of dQ_i to a reducer, its rows as `place_of_row` says."""
+    dq = dq.reshape([8, 2, 2, 2, 64]).permute((0, 2, 3, 1, 4)).reshape([ROWS, 64])
     dq_ring.acquire(2 * i + consumer_id).store(dq)
     dq_ring.publish(2 * i + consumer_id)
 
@@ -321,8 +330,9 @@ def produce(loads, rings, tiles, kv_full, walk, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def reduce_dq(dq_desc, turn_ptr, rings, walk, CAUSAL: gl.constexpr):
-    """The reducer warp: adds this program's dQ tiles to those of the programs before it, when its turn has come."""
+def reduce_dq(dq_desc, turn_ptr, rings, walk, which: gl.constexpr, REDUCERS: gl.constexpr, CAUSAL: gl.constexpr):
+    """A reducer warp, one of REDUCERS that take the dQ tiles of this program in turn: adds them to those of the
+    programs before it, when these have."""
     q_ring, _dout_ring, _row_ring, dq_ring = rings
     num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, ROUND = walk
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
@@ -333,29 +343,30 @@ def reduce_dq(dq_desc, turn_ptr, rings, walk, CAUSAL: gl.constexpr):
     for group_head in range(heads_per_kv_head):
         pair = (batch * num_kv_heads + kv_head) * heads_per_kv_head + group_head
         for step in range(m_some, num_m_blocks):
-            m_block = m_block_of(step, n_block, walk)
-            first = num_n_blocks - 1  # the program that adds first
-            if CAUSAL:
-                last_key = (m_block + 1) * BLOCK_M - 1 + seqlen_k - seqlen_q
-                first = gl.minimum(first, last_key // BLOCK_N)
-            if ROUND:
-                first = ((m_block + 1) * num_n_blocks - 1) // num_m_blocks
-            place = gl.where(first >= n_block, first - n_block, first - n_block + num_n_blocks)
-            turn = turn_ptr + pair * num_m_blocks + m_block
-            while gl.atomic_add(turn, 0, sem="acquire", scope="gpu") < place:
-                pass
-            for half in gl.static_range(2):
-                dq = dq_ring.wait(2 * i + half)
-                row = m_block * BLOCK_M + (0 if HEAD_DIM == 128 else half * 64)
-                column = half * 64 if HEAD_DIM == 128 else 0
-                if place == 0:
-                    tma.async_copy_shared_to_global(dq_desc, [pair, row, column], dq)
-                else:
-                    async_add_shared_to_global(dq_desc, [pair, row, column], dq)
-            tma.store_wait(0)
-            for half in gl.static_range(2):
-                dq_ring.release(2 * i + half)
-            gl.atomic_add(turn, wait_until_added(1), sem="release", scope="gpu")
+            if i % REDUCERS == which:
+                m_block = m_block_of(step, n_block, walk)
+                first = num_n_blocks - 1  # the program that adds first
+                if CAUSAL:
+                    last_key = (m_block + 1) * BLOCK_M - 1 + seqlen_k - seqlen_q
+                    first = gl.minimum(first, last_key // BLOCK_N)
+                if ROUND:
+                    first = ((m_block + 1) * num_n_blocks - 1) // num_m_blocks
+                place = gl.where(first >= n_block, first - n_block, first - n_block + num_n_blocks)
+                turn = turn_ptr + pair * num_m_blocks + m_block
+                while gl.atomic_add(turn, 0, sem="acquire", scope="gpu") < place:
+                    pass
+                for half in gl.static_range(2):
+                    dq = dq_ring.wait(2 * i + half)
+                    row = m_block * BLOCK_M + (0 if HEAD_DIM == 128 else half * 64)
+                    column = half * 64 if HEAD_DIM == 128 else 0
+                    if place == 0:
+                        tma.async_copy_shared_to_global(dq_desc, [pair, row, column], dq)
+                    else:
+                        async_add_shared_to_global(dq_desc, [pair, row, column], dq)
+                tma.store_wait(0)
+                for half in gl.static_range(2):
+                    dq_ring.release(2 * i + half)
+                gl.atomic_add(turn, wait_until_added(1), sem="release", scope="gpu")
             i += 1
 
 
@@ -393,6 +404,7 @@ def backward_kernel(
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     ROUND: gl.constexpr,
+    REDUCERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q_desc.dtype
@@ -405,7 +417,7 @@ def backward_kernel(
     q_ring = new_tile_ring(q_desc, STAGES, 2)
     dout_ring = new_tile_ring(dout_desc, STAGES, 2)
     row_ring = new_ring(gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], row_desc.layout), 2)
-    dq_ring = new_tile_ring(dq_desc, 2, 1)
+    dq_ring = new_tile_ring(dq_desc, 2 * REDUCERS, 1)
     kv_full = new_barriers(1, 1).index(0)
     ds_full = new_barriers(1, 2).index(0)
     all_read = new_barriers(1, 2).index(0)
@@ -425,16 +437,29 @@ def backward_kernel(
     )
     work = (dk_desc, dv_desc, softmax_scale)
     loads = (q_desc, k_desc, v_desc, dout_desc, row_desc)
-    gl.warp_specialize(
-        [
-            (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(0), CAUSAL)),
-            (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(1), CAUSAL)),
-            (produce, (loads, rings, tiles, kv_full, walk, CAUSAL)),
-            (reduce_dq, (dq_desc, turn_ptr, rings, walk, CAUSAL)),
-        ],
-        [4, 1, 1],
-        [REGISTERS, SMALL_REGISTERS, SMALL_REGISTERS],
-    )
+    if REDUCERS == 1:
+        gl.warp_specialize(
+            [
+                (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(0), CAUSAL)),
+                (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(1), CAUSAL)),
+                (produce, (loads, rings, tiles, kv_full, walk, CAUSAL)),
+                (reduce_dq, (dq_desc, turn_ptr, rings, walk, gl.constexpr(0), REDUCERS, CAUSAL)),
+            ],
+            [4, 1, 1],
+            [REGISTERS, SMALL_REGISTERS, SMALL_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(0), CAUSAL)),
+                (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(1), CAUSAL)),
+                (produce, (loads, rings, tiles, kv_full, walk, CAUSAL)),
+                (reduce_dq, (dq_desc, turn_ptr, rings, walk, gl.constexpr(0), REDUCERS, CAUSAL)),
+                (reduce_dq, (dq_desc, turn_ptr, rings, walk, gl.constexpr(1), REDUCERS, CAUSAL)),
+            ],
+            [4, 1, 1, 1],
+            [REGISTERS, SMALL_REGISTERS, SMALL_REGISTERS, SMALL_REGISTERS],
+        )
 
 
 @gluon.jit(do_not_specialize=["num_heads", "seqlen_q"])
@@ -482,7 +507,7 @@ def prepare_kernel(
 
 @gluon.jit(do_not_specialize=["num_heads", "seqlen_q", "seqlen_k"])
 def finish_kernel(
-    sum_ptr,  # (batch * num_heads, num_m_blocks * BLOCK_M, HEAD_DIM) fp32
+    sum_ptr,  # (batch * num_heads, num_m_blocks * BLOCK_M, HEAD_DIM) fp32, its rows as `place_of_row` says
     dq_ptr,
     softmax_scale,
     stride_dq_b,
@@ -507,7 +532,7 @@ def finish_kernel(
     if CAUSAL:
         summed = inside & (offs_m >= seqlen_q - seqlen_k)[:, None]
     sum_row = sum_ptr + pair.to(gl.int64) * (gl.num_programs(0) * BLOCK_M * HEAD_DIM)
-    dq = gl.load(sum_row + offs_m[:, None] * HEAD_DIM + offs_d[None, :], mask=summed, other=0.0)
+    dq = gl.load(sum_row + place_of_row(offs_m)[:, None] * HEAD_DIM + offs_d[None, :], mask=summed, other=0.0)
     dq_row = dq_ptr + batch * stride_dq_b + head * stride_dq_h
     gl.store(
         dq_row + offs_m[:, None] * stride_dq_m + offs_d[None, :],
@@ -518,20 +543,22 @@ def finish_kernel(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What one program multiplies by its 128 keys at a time: block_m queries, and how deep their rings are."""
+    """What one program multiplies by its 128 keys at a time: block_m queries, how deep their rings are, and how many
+    warps add what it finds for dQ."""
 
     block_m: int
     stages: int
+    reducers: int
     registers: int
 
 
 # By (head_dim, causal). TFLOP/s on an H200 in bf16 at 512 / 1024 / 2048 / 4096 / 16384 tokens, 16384 in all:
 # 279 / 364 / 418 / 440 / 442, 152 / 227 / 299 / 356 / 416, 347 / 430 / 474 / 502 / 516 and 208 / 309 / 400 / 471 / 518.
 TILES = {
-    (64, False): Tile(block_m=128, stages=2, registers=240),
-    (64, True): Tile(block_m=128, stages=2, registers=240),
-    (128, False): Tile(block_m=64, stages=2, registers=240),
-    (128, True): Tile(block_m=64, stages=2, registers=240),
+    (64, False): Tile(block_m=128, stages=2, reducers=1, registers=240),
+    (64, True): Tile(block_m=128, stages=2, reducers=1, registers=240),
+    (128, False): Tile(block_m=64, stages=2, reducers=2, registers=240),
+    (128, True): Tile(block_m=64, stages=2, reducers=1, registers=240),
 }
 
 
@@ -644,6 +671,7 @@ def launch(
         tile.stages,
         causal,
         go_round,
+        tile.reducers,
         tile.registers,
     )
     run(

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 FORWARD, BACKWARD_DQ, BACKWARD_DKDV = "forward", "backward dq", "backward dkdv"
-DECODE, DECODE_SPLIT = "decode", "decode, split"
+DECODE, DECODE_MANY = "decode", "decode, many programs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +61,13 @@ TILES = {
     (BACKWARD_DKDV, "small", 256): Tile(16, 32, 4, 1),
 }
 
-# What decoding does is read the cache, on every card: BLOCK_N keys at a time, by head_dim. From a sweep on an H200, one
-# query of 32 heads over the keys of 8, head_dim 128, us: 32768 keys in 16 splits 50.0 (cuDNN 49.8; in 32 splits 49.7);
-# without splits, 16 sequences of 8192 keys 132.4 (132.7), 64 of 4096 252.3 (249.8).
+# What decoding does is read the cache, on every card: BLOCK_N keys at a time, by head_dim. A program that has a
+# processor to itself keeps more of them on the way; where there are many, they do so together. us on an H200, cuDNN in
+# brackets, one query of 32 heads over the keys of 8, head_dim 128: 32768 keys 49.7 (49.6), 131072 136.0 (136.8), 16
+# sequences of 8192 132.4 (132.0), 64 of 4096 249.4 (250.2).
 DECODE_TILES = {
-    DECODE: {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 4), 256: Tile(16, 32, 4, 2)},
-    DECODE_SPLIT: {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 2)},
+    DECODE: {64: Tile(16, 64, 4, 4), 128: Tile(16, 64, 4, 4), 256: Tile(16, 32, 4, 2)},
+    DECODE_MANY: {64: Tile(16, 64, 2, 3), 128: Tile(16, 128, 4, 2), 256: Tile(16, 32, 4, 2)},
 }
 
 # fp32, multiplied without matrix units: by head_dim. Larger ones spill and take long to compile.
@@ -89,7 +90,7 @@ def table_tile(kernel: str, card: str, head_dim: int, dtype: torch.dtype, causal
     """The row of the table; a head_dim that has none shares the next larger one's."""
     block_d = max(64, triton.next_power_of_2(head_dim))
     if kernel in DECODE_TILES and dtype != torch.float32:
-        return DECODE_TILES[DECODE_SPLIT if card == "small" else kernel][block_d]  # the one with fewer stages
+        return DECODE_TILES[DECODE_MANY if card == "small" else kernel][block_d]  # the one that takes less memory
     return FP32_TILES[block_d] if dtype == torch.float32 else TILES[kernel, card, block_d]
 
 

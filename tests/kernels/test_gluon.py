@@ -146,7 +146,8 @@ def test_backward_compiles_for_hopper(head_dim, causal, tmp_path):
         "dq_desc": f"tensordesc<fp32[1, 64, 64],{gluon_backward.SQUARE_LAYOUT!r}>",
     }
     types |= {"turn_ptr": "*i32", "softmax_scale": "fp32"}
-    constants = {"STAGES": tile.stages, "CAUSAL": causal, "ROUND": not causal, "REGISTERS": tile.registers}
+    constants = {"STAGES": tile.stages, "CAUSAL": causal, "ROUND": not causal}
+    constants |= {"REDUCERS": tile.reducers, "REGISTERS": tile.registers}
     compiled = compile_gluon(gluon_backward.backward_kernel, types, constants)
     check_hopper_instructions(compiled, tmp_path)
     assert "cp.reduce.async.bulk.tensor" in compiled.asm["ptx"]

@@ -17,6 +17,7 @@ KERNELS = {
     tiles.BACKWARD_DQ: triton_backward.dq_kernel,
     tiles.BACKWARD_DKDV: triton_backward.dkdv_kernel,
     tiles.DECODE: triton_decode.decode_kernel,
+    tiles.DECODE_MANY: triton_decode.decode_kernel,
 }
 CARDS = {80: "large", 89: "small", 90: "hopper", 100: "large", 120: "small"}
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -62,7 +63,7 @@ def compile_attention(name, head_dim, causal, capability, dtype=torch.bfloat16):
 def test_compiles_for_every_card_without_spills(name, head_dim, capability):
     compiled = compile_attention(name, head_dim, True, capability)
     # A decoding tile has fewer rows than wgmma and tcgen05 take.
-    wanted = "mma.sync" if name == tiles.DECODE else MATRIX_INSTRUCTION[capability]
+    wanted = "mma.sync" if KERNELS[name] is triton_decode.decode_kernel else MATRIX_INSTRUCTION[capability]
     assert wanted in compiled.asm["ptx"]
     used = resources(compiled)
     assert used.spilled_bytes == 0
