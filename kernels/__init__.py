@@ -11,6 +11,7 @@ from kernels.flash_attention.op import (
     flash_attention,
     flash_attention_varlen,
 )
+from kernels.layer.op import add_norm, norm_rotary, swiglu
 from kernels.load import BuildError, load
 from kernels.top_k.op import Sampled, sample, top_k
 
@@ -18,6 +19,7 @@ __all__ = [
     "BuildError",
     "DecodeWeights",
     "Sampled",
+    "add_norm",
     "classic_attention",
     "decode_attention",
     "decode_step",
@@ -25,6 +27,8 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "load",
+    "norm_rotary",
     "sample",
+    "swiglu",
     "top_k",
 ]

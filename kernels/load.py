@@ -37,7 +37,7 @@ from collections.abc import Iterator
 import torch
 
 HERE = pathlib.Path(__file__).parent
-OP_FOLDERS = ("flash_attention", "top_k", "decode_step")
+OP_FOLDERS = ("flash_attention", "top_k", "decode_step", "layer")
 DEVICE_TYPES = ("cpu", "cuda")
 CPU_CAPABILITIES = ("native", "plain", "avx2", "avx512", "avx512_bf16")
 # torch's stable ABI of release 2.11: one source builds against 2.11 and later.
@@ -99,6 +99,14 @@ def ensure(device_type: str) -> None:
 # torch.compile calls such a function while it traces and keeps the result, instead of tracing the build.
 # (torch.compiler.assume_constant_result sets this same mark, but imports the whole of torch._dynamo to do so.)
 ensure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_fused(device_type: str) -> bool:
+    """Whether the kernels of `device_type`, which is bound if it was not, are more than the references."""
+    return load(device_type).kind == "fused"
+
+
+is_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _bind(device_type: str) -> Binding:
@@ -169,7 +177,7 @@ def _bind_cpu() -> str:
     capability = os.environ.get("TOY_LM_CPU_CAPABILITY", "native")
     if capability not in CPU_CAPABILITIES:
         raise ValueError(f"TOY_LM_CPU_CAPABILITY: got {capability!r}, allowed are {', '.join(CPU_CAPABILITIES)}")
-    sources = [HERE / folder / "cpu.cpp" for folder in OP_FOLDERS]
+    sources = [source for folder in OP_FOLDERS if (source := HERE / folder / "cpu.cpp").exists()]
     for library in build(sources, capability):
         torch.ops.load_library(library)
     return f"cpu: C++ kernels for {platform.machine()} ({capability}), built by {compiler()} into {cache_folder()}"

@@ -46,6 +46,7 @@ class TrainConfig:
     optimizer: str = "adamw"  # or "muon": Muon for the matrices of the layers, AdamW for the rest
     grad_accumulation: int = 1  # parts of a batch that go through the model one after another
     dropout: float = 0.0
+    token_noise: float = 0.0  # share of the tokens read in training that are random ones; the targets stay
     weight_decay: float = 0.1
     momentum: float = 0.95  # Muon's
     beta1: float = 0.9
@@ -78,8 +79,9 @@ class TrainConfig:
             raise ValueError(
                 f"grad_accumulation: got {self.grad_accumulation}, needs a divisor of batch_size = {self.batch_size}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: got {self.dropout}, needs 0 or more, and less than 1")
+        for field in ("dropout", "token_noise"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                raise ValueError(f"{field}: got {getattr(self, field)}, needs 0 or more, and less than 1")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer: got {self.optimizer!r}, allowed are 'adamw' and 'muon'")
         if self.tokenizer not in ("bpe", "bytes"):

@@ -121,7 +121,7 @@ class PromptReader:
 
     def _read(self, token_ids: Tensor) -> KVCache:
         cache = KVCache(self.model.config, *token_ids.shape, device=self.device, dtype=self.dtype)
-        self.model.decoded(token_ids, cache)
+        self.model.hidden(token_ids, cache)
         return cache
 
 

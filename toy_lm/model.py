@@ -75,46 +75,33 @@ class RotaryPositions(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin (batch, seqlen, 1, head_dim / 2) of positions (batch, seqlen)."""
-        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+        """cos, sin (batch, seqlen, head_dim / 2) of positions (batch, seqlen)."""
+        return self.cos[positions], self.sin[positions]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (batch, seqlen, heads, head_dim), rotated in its own dtype's precision or better."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's, with its scale in x's dtype: under autocast the two differ, for which torch has no fused kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-def project(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
-    """What each of the linear maps makes of x (..., model_dim).
+def project(x: Tensor, *linears: nn.Linear) -> Tensor:
+    """What the linear maps make of x (..., model_dim), side by side.
 
     In training as one product with their weights side by side: x is read once, and its gradient is not added up from
     parts. Without gradients the weights would be copied for a single use, so that each map goes alone.
     """
     if not torch.is_grad_enabled():
-        return tuple(linear(x) for linear in linears)
-    weights = torch.cat([linear.weight for linear in linears])
-    return F.linear(x, weights).split([linear.out_features for linear in linears], dim=-1)
+        return torch.cat([linear(x) for linear in linears], dim=-1)
+    return F.linear(x, torch.cat([linear.weight for linear in linears]))
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, attention: str) -> None:
         super().__init__()
         self.attention = ATTENTION[attention]
-        self.head_dim = config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.eps = config.norm_eps
         self.q_proj = nn.Linear(config.model_dim, config.num_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.model_dim, config.num_kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.model_dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(
         self,
@@ -128,13 +115,18 @@ class Attention(nn.Module):
         documents: Tensor | None,
     ) -> Tensor:
         batch_size, seqlen, _ = x.shape
-        per_head = (batch_size, seqlen, -1, self.head_dim)
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q = rotate(self.q_norm(q.view(per_head)), cos, sin)
-        k = rotate(self.k_norm(k.view(per_head)), cos, sin)
-        v = v.view(per_head)
+        q, k, v = kernels.norm_rotary(
+            project(x, self.q_proj, self.k_proj, self.v_proj),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            cos,
+            sin,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            eps=self.eps,
+        )
         if documents is not None:
-            packed = (q.flatten(0, 1), k.to(q.dtype).flatten(0, 1), v.to(q.dtype).flatten(0, 1))
+            packed = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
             out = kernels.flash_attention_varlen(
                 *packed, documents, documents, max_seqlen_q=seqlen, max_seqlen_k=seqlen, causal=True
             )
@@ -146,7 +138,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache.write(layer, positions, k, v)
         if prefill:
-            out = self.attention(q, k.to(q.dtype), v.to(q.dtype), causal=True)
+            out = self.attention(q, k, v, causal=True)
         else:
             assert cache is not None
             out = kernels.decode_attention(q, cache.k[layer], cache.v[layer], cache.seqlens)
@@ -163,12 +155,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(kernels.swiglu(project(x, self.gate_proj, self.up_proj)))
 
 
 class Dropout(nn.Module):
-    """Leaves out a share of a tensor's entries in training and scales up the rest; one random byte decides on each.
+    """Random bytes that decide what is left out in training: the entries whose byte is below `threshold`.
 
     The share is rounded to 1/256. Where torch.compile draws one 32-bit number for each entry, dropout takes 0.83 of the
     5.96 ms of a step in the shape of the `shakespeare` preset on an H200; this takes about 0.45.
@@ -178,11 +169,7 @@ class Dropout(nn.Module):
         super().__init__()
         self.threshold = round(256 * share)
 
-    def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
-        """noise: uint8 of x's shape, from `noise`."""
-        return x if noise is None else x * (noise >= self.threshold) * (256 / (256 - self.threshold))
-
-    def noise(self, *shape: int, device: torch.device) -> Tensor | None:
+    def forward(self, *shape: int, device: torch.device) -> Tensor | None:
         """Random bytes (*shape,); None where nothing is to be left out."""
         if not self.training or self.threshold == 0:
             return None
@@ -190,20 +177,36 @@ class Dropout(nn.Module):
         return words.random_(-(1 << 63), None).view(torch.uint8)[: math.prod(shape)].view(shape)
 
 
-class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, attention: str, dropout: float) -> None:
+class AddNorm(nn.Module):
+    """Adds a branch to the residual stream, in training without what dropout leaves out, and normalises the sum."""
+
+    def __init__(self, config: ModelConfig, dropout: Dropout) -> None:
         super().__init__()
-        self.dropout = Dropout(dropout)
-        self.input_layernorm = RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.weight = nn.Parameter(torch.ones(config.model_dim))
+        self.threshold, self.eps = dropout.threshold, config.norm_eps
+
+    def forward(self, x: Tensor, branch: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum of x and branch, and its norm, (batch, seqlen, model_dim) each; noise: bytes from Dropout."""
+        return kernels.add_norm(x, branch, noise, self.weight, threshold=self.threshold, eps=self.eps)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, attention: str, dropout: Dropout) -> None:
+        super().__init__()
+        self.input_layernorm = AddNorm(config, dropout)
         self.self_attn = Attention(config, attention)
-        self.post_attention_layernorm = RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.post_attention_layernorm = AddNorm(config, dropout)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, noise: Tensor | None, *context) -> Tensor:
-        """noise (2, batch, seqlen, model_dim) uint8, for each of the two parts, or None."""
+    def forward(self, x: Tensor, branch: Tensor, noise: Tensor | None, *context) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what has yet to be added to it: both as the layer before left them.
+
+        noise (2, batch, seqlen, model_dim) uint8, for that branch and for attention's, or None.
+        """
         first, second = (None, None) if noise is None else noise
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *context), first)
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)), second)
+        x, h = self.input_layernorm(x, branch, first)
+        x, h = self.post_attention_layernorm(x, self.self_attn(h, *context), second)
+        return x, self.mlp(h)
 
 
 class Decoder(nn.Module):
@@ -213,8 +216,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.dropout = Dropout(dropout)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
-        self.layers = nn.ModuleList(Layer(config, attention, dropout) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.layers = nn.ModuleList(Layer(config, attention, self.dropout) for _ in range(config.num_layers))
+        self.norm = AddNorm(config, self.dropout)
         self.rotary = RotaryPositions(config)
 
 
@@ -247,21 +250,16 @@ class Transformer(nn.Module):
         """Logits (batch, seqlen, vocab_size) of token_ids (batch, seqlen) int64."""
         return self.logits(self.hidden(token_ids, cache))
 
-    def hidden(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last layer's normalised output (batch, seqlen, model_dim), for callers who need few logits.
-
-        Raises ValueError if the tokens exceed max_seqlen or the cache's capacity.
-        """
-        return self.model.norm(self.decoded(token_ids, cache))
-
-    def decoded(
+    def hidden(
         self, token_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None, recompute: bool = False
     ) -> Tensor:
-        """The last layer's output (batch, seqlen, model_dim), before the norm.
+        """The last layer's normalised output (batch, seqlen, model_dim), for callers who need few logits, or losses.
 
         documents  (num_documents + 1,) int32, where each begins in the batch * seqlen tokens: attention stays within
         recompute  keep each layer's input alone, and compute the rest of it again when its gradients are asked for
                    (Chen et al., arXiv:1604.06174)
+
+        Raises ValueError if the tokens exceed max_seqlen or the cache's capacity.
         """
         _, seqlen = token_ids.shape
         if seqlen > self.config.max_seqlen:
@@ -272,26 +270,26 @@ class Transformer(nn.Module):
             positions = positions + cache.seqlens[:, None]  # (batch, seqlen)
             cache.grow(seqlen)
         cos, sin = self.model.rotary(positions)
-        x = self.model.embed_tokens(token_ids)  # (batch, seqlen, model_dim)
-        kind = x.device.type
+        branch = self.model.embed_tokens(token_ids)  # (batch, seqlen, model_dim)
+        kind = branch.device.type
         if torch.is_autocast_enabled(kind):  # what the layers add to is kept in their own dtype: half the traffic
-            x = x.to(torch.get_autocast_dtype(kind))
-        noise = self.model.dropout.noise(2 * len(self.model.layers) + 1, *x.shape, device=x.device)
-        x = self.model.dropout(x, None if noise is None else noise[-1])
+            branch = branch.to(torch.get_autocast_dtype(kind))
+        x = torch.zeros_like(branch)
+        noise = self.model.dropout(2 * len(self.model.layers) + 1, *x.shape, device=x.device)
         for number, layer in enumerate(self.model.layers):
             own = None if noise is None else noise[2 * number : 2 * number + 2]
-            arguments = (x, own, cos, sin, cache, number, positions, prefill, documents)
+            arguments = (x, branch, own, cos, sin, cache, number, positions, prefill, documents)
             if recompute:  # what is random is an argument
-                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x, branch = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(*arguments)
-        return x
+                x, branch = layer(*arguments)
+        return self.model.norm(x, branch, None if noise is None else noise[-1])[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., model_dim) -> (..., vocab_size), by the tied embedding."""
         return F.linear(hidden, self.model.embed_tokens.weight)
 
-    def losses(self, decoded: Tensor, targets: Tensor) -> Tensor:
-        """Nats of each target, (batch * seqlen,) fp32, of what `decoded` gave and targets (batch, seqlen) int64."""
-        logits = self.logits(self.model.norm(decoded))
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each target, (batch * seqlen,) fp32, of what `hidden` gave and targets (batch, seqlen) int64."""
+        logits = self.logits(hidden)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")

@@ -111,7 +111,7 @@ class TrainStep:
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
             torch.compiler.set_stance("force_eager") if plain else contextlib.nullcontext(),
         ):
-            return self.output_losses(self.model.decoded(inputs, documents=documents, recompute=recompute), targets)
+            return self.output_losses(self.model.hidden(inputs, documents=documents, recompute=recompute), targets)
 
     def read(self) -> list[list[float]]:
         """[loss, gradient norm] of every step since the last call; waits for the device."""
@@ -155,7 +155,8 @@ class TrainStep:
         documents = None if self.documents is None else self.documents[self.row].squeeze(0)
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(windows):
-            nats = self.losses(part[:, :-1], part[:, 1:], None if documents is None else documents[number])
+            inputs = self._with_noise(part[:, :-1])
+            nats = self.losses(inputs, part[:, 1:], None if documents is None else documents[number])
             loss = nats.sum() / (config.batch_size * config.seqlen)
             loss.backward()
             total += loss.detach()
@@ -166,6 +167,14 @@ class TrainStep:
         self.optimizer.zero_grad()
         self.outcomes[self.row] = torch.stack((total, norm))
         self.row += 1
+
+    def _with_noise(self, inputs: Tensor) -> Tensor:
+        """With a share of the tokens replaced by random ones, against overfitting. (Xie et al., arXiv:1703.02573)"""
+        share = self.config.token_noise
+        if share == 0.0:
+            return inputs
+        others = torch.randint_like(inputs, self.model.config.vocab_size)
+        return torch.where(torch.rand(inputs.shape, device=self.device) < share, others, inputs)
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:

@@ -229,7 +229,7 @@ class Trainer:
         self.train_windows = data.Windows(train_ids, seqlen, device, train_starts)
         self.validation_windows = data.Windows(validation_ids, seqlen, device, validation_starts)
         if execution.sharded:
-            distributed.shard(self.model, list(self.model.model.layers), "decoded")
+            distributed.shard(self.model, list(self.model.model.layers), "hidden")
         self.optimizer = Optimizer(self.model, self.config, device, compile=execution.compile and not execution.sharded)
         rate = functools.partial(learning_rate, config=self.config)
         self.train_step = TrainStep(

@@ -47,19 +47,36 @@ def arguments(tmp_path, monkeypatch):
 def test_both_run_and_the_race_is_for_nanogpts_loss_unless_told(arguments, tmp_path, capsys):
     training.run([*arguments, "--nanogpt", str(tmp_path), "--seeds", "2"])
     out = capsys.readouterr().out
-    names = re.findall(r"^\| (this project, seed 0|nanoGPT) \|", out, re.MULTILINE)
-    assert names == ["this project, seed 0", "nanoGPT"]
-    assert len(re.findall(r"^this project, seed [01] \(.*loss 3.5 after \d+\.\d\d s, step \d+; best", out, re.M)) == 2
+    names = re.findall(r"^\| (shakespeare-cpu, seed 0|nanoGPT) \|", out, re.MULTILINE)
+    assert names == ["shakespeare-cpu, seed 0", "nanoGPT"]
+    ours = re.findall(r"^shakespeare-cpu, seed [01] \(.*loss 3.5 after \d+\.\d\d s, step \d+; best", out, re.M)
+    assert len(ours) == 2
     assert re.search(r"^nanoGPT \(\d+ parameters\): .*; 2000 steps in", out, re.MULTILINE)
     assert re.search(
         r"^loss 3.5, slowest of 2: \d+\.\d\d s; nanoGPT (there after|does not get there)", out, re.MULTILINE
     )
     written = json.loads((tmp_path / "out" / "training.json").read_text())
     assert [row["name"] for row in written["steady"]] == names
-    assert [race["name"] for race in written["races"]] == ["this project, seed 0", "this project, seed 1", "nanoGPT"]
+    raced = [race["name"] for race in written["races"]]
+    assert raced == ["shakespeare-cpu, seed 0", "shakespeare-cpu, seed 1", "nanoGPT"]
     best = [f"best {min(loss for _, _, loss in race['curve']):.4f} at" for race in written["races"]]
     assert all(words in out for words in best)
     assert (tmp_path / "out" / "training.png").stat().st_size > 1000 or "matplotlib is not installed" in out
+
+
+def test_several_presets_race_and_the_first_is_timed(arguments, tmp_path, monkeypatch, capsys):
+    first = config.preset("shakespeare-cpu")
+    longer = dataclasses.replace(first, train=dataclasses.replace(first.train, num_steps=60))
+    monkeypatch.setitem(config.PRESETS, "longer", longer)
+    training.run([*arguments, "--preset", "shakespeare-cpu", "longer"])
+    out = capsys.readouterr().out
+    assert re.findall(r"^\| (\S+, seed 0) \|", out, re.MULTILINE) == ["shakespeare-cpu, seed 0"]
+    assert re.findall(r"^(\S+), seed 0 \(.*; (\d+) steps in", out, re.M) == [
+        ("shakespeare-cpu", "40"),
+        ("longer", "60"),
+    ]
+    with pytest.raises(ValueError, match=r"preset: 'shakespeare' has context 256, 'shakespeare-cpu' has 16"):
+        training.run([*arguments, "--preset", "shakespeare-cpu", "shakespeare"])
 
 
 def test_the_loss_is_the_mean_over_the_whole_validation_text(arguments, capsys):
@@ -72,7 +89,7 @@ def test_the_loss_is_the_mean_over_the_whole_validation_text(arguments, capsys):
         np.uint16
     )
     train_ids, validation_ids = data.split(token_ids, 0.1, 16)
-    contestant = training._this_project(chosen, data.Windows(train_ids, 16, "cpu"), torch.device("cpu"), seed=0)
+    contestant = training._this_project("ours", chosen, data.Windows(train_ids, 16, "cpu"), torch.device("cpu"), seed=0)
     losses = []
     for step in range(40):
         contestant.step(step)

@@ -19,7 +19,8 @@ from corpus import SAMPLE
 from toy_lm import checkpoint, data, report, step
 from toy_lm import train as training
 from toy_lm.config import ModelConfig, Preset, TrainConfig, preset
-from toy_lm.model import Dropout
+from toy_lm.model import AddNorm, Dropout, Transformer
+from toy_lm.optimizer import Optimizer
 from toy_lm.train import learning_rate, train
 
 TINY = Preset(
@@ -296,7 +297,7 @@ def test_layers_that_are_computed_again_learn_the_same_to_the_bit(tmp_path):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            model.decoded(torch.zeros(4, 16, dtype=torch.int64), recompute=recompute)
+            model.hidden(torch.zeros(4, 16, dtype=torch.int64), recompute=recompute)
         kept.append(saved)
     assert kept[1] < kept[0] / 4
 
@@ -494,14 +495,35 @@ def test_without_matplotlib_one_line_says_so(monkeypatch):
 
 def test_dropout_leaves_out_its_share_and_keeps_the_mean(device):
     dropout = Dropout(0.2).train()
-    noise = dropout.noise(64, 1025, 3, device=torch.device(device))
+    noise = dropout(64, 1025, 3, device=torch.device(device))
     x = torch.full(noise.shape, 3.0, device=device, requires_grad=True)
-    out = dropout(x, noise)
+    add_norm = AddNorm(dataclasses.replace(TINY.model, model_dim=3), dropout).to(device)
+    out, _ = add_norm(torch.zeros_like(x), x, noise)
     out.sum().backward()
     kept = out != 0
     share, num_entries = 51 / 256, noise.numel()
     assert abs((~kept).sum().item() - share * num_entries) < 4 * (share * (1 - share) * num_entries) ** 0.5
     torch.testing.assert_close(out[kept], torch.full_like(out[kept], 3 / (1 - share)))
     assert torch.equal(x.grad, out.detach() / 3)
-    assert dropout.eval().noise(8, device=torch.device(device)) is None and dropout(x, None) is x
-    assert Dropout(0.0).train().noise(8, device=torch.device(device)) is None
+    assert torch.equal(add_norm(torch.zeros_like(x), x, None)[0], x)
+    assert dropout.eval()(8, device=torch.device(device)) is None
+    assert Dropout(0.0).train()(8, device=torch.device(device)) is None
+
+
+def test_the_share_of_noise_among_the_inputs_is_replaced_and_the_targets_are_not(device, monkeypatch):
+    config = dataclasses.replace(TINY.train, batch_size=256, token_noise=0.25)
+    windows = data.Windows(np.full(4096, 7), config.seqlen, torch.device(device))
+    model = Transformer(TINY.model).to(device)
+    seen = []
+    monkeypatch.setattr(model, "hidden", lambda ids, **k: (seen.append(ids), model.model.embed_tokens(ids))[1])
+    monkeypatch.setattr(model, "losses", lambda hidden, ids: (seen.append(ids), hidden.sum((1, 2)))[1])
+    optimizer = Optimizer(model, config, torch.device(device))
+    train_step = step.TrainStep(
+        model, optimizer, windows, config, lambda i: 0.0, device=torch.device(device), autocast=None
+    )
+    train_step(0)
+    inputs, targets = (ids.cpu() for ids in seen)
+    assert (targets == 7).all() and inputs.min() >= 0 and inputs.max() < TINY.model.vocab_size
+    share = 0.25 * (1 - 1 / TINY.model.vocab_size)
+    assert abs((inputs != 7).float().mean().item() - share) < 4 * (share * (1 - share) / inputs.numel()) ** 0.5
+    assert inputs.unique().numel() > TINY.model.vocab_size / 2

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import pathlib
@@ -69,7 +70,9 @@ def run(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="toy-lm bench training", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", required=True, help="the text: the file input.txt of nanoGPT's data/shakespeare_char")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT")
-    parser.add_argument("--preset", help="default: shakespeare on a GPU, shakespeare-cpu on a CPU")
+    parser.add_argument(
+        "--preset", nargs="+", help="the first is timed, all race; default: shakespeare, on a CPU shakespeare-cpu"
+    )
     parser.add_argument("--target", type=float, help="the validation loss to race to; default: nanoGPT's own best")
     parser.add_argument("--seeds", type=int, default=1, help="how many runs of this project race")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -78,25 +81,37 @@ def run(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
 
     device = pick_device(options.device)
-    chosen = preset(options.preset or ("shakespeare-cpu" if device.type == "cpu" else "shakespeare"))
+    names = options.preset or ["shakespeare-cpu" if device.type == "cpu" else "shakespeare"]
+    presets = {name: preset(name) for name in names}
+    chosen = presets[names[0]]
+    for name, other in presets.items():
+        if other.train.seqlen != chosen.train.seqlen:
+            raise ValueError(
+                f"preset: {name!r} has context {other.train.seqlen}, {names[0]!r} has {chosen.train.seqlen}"
+            )
     target = options.target or chosen.train.nanogpt_loss
     if target is None:
-        raise ValueError(f"preset: got {options.preset!r}, for which nanoGPT's loss is not known; name a --target")
+        raise ValueError(f"preset: got {names[0]!r}, for which nanoGPT's loss is not known; name a --target")
     with tempfile.TemporaryDirectory() as folder:
         token_ids = data.tokenize(data.open_corpus(options.text), Tokenizer.bytes_tokenizer(), folder)
         train_ids, validation_ids = data.split(token_ids, 0.1, chosen.train.seqlen)  # nanoGPT's split
         train = data.Windows(train_ids, chosen.train.seqlen, device)
         validation = data.Windows(validation_ids, chosen.train.seqlen, device)
         print(kernels.load(device).line)
-        makers = [functools.partial(_this_project, chosen, train, device, seed) for seed in range(options.seeds)]
+        makers = [
+            functools.partial(_this_project, name, one, train, device, seed)
+            for name, one in presets.items()
+            for seed in range(options.seeds)
+        ]
+        num_ours = len(makers)
         if options.nanogpt:
             makers.append(functools.partial(_nanogpt, pathlib.Path(options.nanogpt), chosen, train_ids, device))
-        steady = _steady_state([makers[0], *makers[options.seeds :]], chosen, device)
+        steady = _steady_state([makers[0], *makers[num_ours:]], chosen, device)
         races = []
         if not options.skip_race:
             races = [_race(make(), validation, chosen, target, device) for make in makers]
             if options.nanogpt:
-                _compare(races, target)
+                _compare([*races[: options.seeds], races[-1]], target)
     _write(pathlib.Path(options.out), kernels.load(device).line, steady, races, target)
 
 
@@ -121,10 +136,13 @@ def plot(path: pathlib.Path, races: Sequence[Race], target: float) -> str:
     if figure is None:
         return picture.save(None, path)
     panel = figure.add_subplot()
-    for number, race in enumerate(races):
-        color, line, label = picture.BLUE, "-", "" if number else "this project, each seed"
-        if race.name == NANOGPT:
-            color, line, label = picture.RED, "--", NANOGPT
+    names = [race.name.partition(",")[0] for race in races]
+    shades = itertools.cycle((picture.BLUE, picture.LIGHT_BLUE))
+    colors = {**dict(zip(dict.fromkeys(names), shades, strict=False)), NANOGPT: picture.RED}
+    for number, (name, race) in enumerate(zip(names, races, strict=True)):
+        color, line = colors[name], "--" if name == NANOGPT else "-"
+        label = name if name == NANOGPT else f"{name}, each seed"
+        label = "" if name in names[:number] else label
         seconds, _, losses = zip(*race.curve, strict=True)
         panel.plot(seconds, losses, color=color, linestyle=line, linewidth=1.8, label=label)
         panel.plot(seconds[-1], losses[-1], marker="o", color=color)
@@ -137,7 +155,7 @@ def plot(path: pathlib.Path, races: Sequence[Race], target: float) -> str:
     return picture.save(figure, path)
 
 
-def _this_project(chosen: Preset, windows: data.Windows, device: torch.device, seed: int) -> Contestant:
+def _this_project(name: str, chosen: Preset, windows: data.Windows, device: torch.device, seed: int) -> Contestant:
     config = dataclasses.replace(chosen.train, seed=seed)
     torch.manual_seed(seed)
     model = Transformer(chosen.model, "fused", config.dropout).to(device)
@@ -159,7 +177,7 @@ def _this_project(chosen: Preset, windows: data.Windows, device: torch.device, s
         return values
 
     return Contestant(
-        name=f"this project, seed {seed}",
+        name=f"{name}, seed {seed}",
         step=step,
         losses=losses,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -330,7 +348,7 @@ def _race(
 
 
 def _compare(races: Sequence[Race], target: float) -> None:
-    """Our slowest run beside nanoGPT's, which is the last."""
+    """The slowest run of the first preset beside nanoGPT's, which is the last."""
     *ours, peer = races
     slowest = max(race.at_target for race in ours)
     there = f"there after {peer.at_target:.2f} s" if math.isfinite(peer.at_target) else "does not get there"

@@ -1,0 +1,39 @@
+"""What a layer computes between its matrix products, in plain torch: differentiable, and right at a glance."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def add_norm(
+    x: Tensor, branch: Tensor, noise: Tensor | None, weight: Tensor, threshold: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    if noise is not None:
+        branch = branch * (noise >= threshold) * (256 / (256 - threshold))
+    x = x + branch
+    return x, _norm(x, weight, eps)
+
+
+def norm_rotary(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = qkv.unflatten(-1, (-1, q_norm.numel()))  # (batch, seqlen, num_heads + 2 num_kv_heads, head_dim)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    cos, sin = cos[:, :, None], sin[:, :, None]  # (1 or batch, seqlen, 1, head_dim / 2)
+    return rotate(_norm(q, q_norm, eps), cos, sin), rotate(_norm(k, k_norm, eps), cos, sin), v
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + head_dim / 2}) by its angle, in its own dtype's precision or better."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm, with its scale in x's dtype: for two dtypes torch has no fused kernel."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
