@@ -1,8 +1,9 @@
 """Generation beside its peers in one process: transformers on the same weights; nanoGPT and gpt-fast in the same shape.
 
 Each generates from a prompt of one token up to the full context, drawing with top-k 40, at several batch sizes; the
-best of a few repetitions that take turns counts. The weights are random: time does not depend on them. Also: the time
-until the first new token of a prompt of 200 tokens. Prints a table and writes generate.json.
+best of a few repetitions that take turns counts. gpt-fast comes last and at batch 1 alone, since it is compiled for
+each. The weights are random: time does not depend on them. Also: the time until the first new token of a prompt of 200
+tokens. Prints rows, and writes them to generate.json, as they come.
 
 Knows the public interface of generation; knows nothing of how it works.
 """
@@ -60,7 +61,9 @@ def run(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--no-peers", action="store_true", help="time nothing but this library")
     parser.add_argument("--static-cache", action="store_true", help="also transformers with static cache, compiled")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, to be timed too")
-    parser.add_argument("--gpt-fast", metavar="FOLDER", help="a clone of gpt-fast, to be timed too, compiled")
+    parser.add_argument(
+        "--gpt-fast", metavar="FOLDER", help="a clone of gpt-fast, to be timed too, compiled, at batch 1"
+    )
     parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for generate.json")
     options = parser.parse_args(arguments)
     device = pick_device(options.device)
@@ -71,58 +74,58 @@ def run(arguments: Sequence[str] = ()) -> None:
     batch_sizes = options.batch_sizes or [1, 64 if device.type == "cuda" else 16]
     dtypes = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
 
-    with tempfile.TemporaryDirectory() as folder:
-        if options.run:
-            folder = options.run
-        else:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.run or scratch
+        if not options.run:
             _write_model(folder, config)
-        rows, losses, binding = [], "", ""
+        report = Report(pathlib.Path(options.out))
+        print(f"{options.run or options.preset}: {config.num_layers} layers of {config.model_dim}, top-k {TOP_K}")
+        print(f"  {'':<20} {'dtype':<9} {'batch':>5} {'tokens/s':>11} {'us a step':>10} {'slower':>7}")
         for dtype in dtypes:
             lm = toy_lm.load(folder, device=device.type, dtype=dtype)
-            binding = lm.binding.line
-            contestants = {"toy-lm": _ours(lm)}
+            report.machine = lm.binding.line
             int8 = toy_lm.load(folder, device=device.type, dtype=dtype, int8=True)
-            contestants["toy-lm int8"] = _ours(int8)
-            if options.run:
-                losses += (
-                    f"\n  nats/token on corpus/sample.txt, {str(dtype)[6:]}: {_loss(lm):.5f}, int8 {_loss(int8):.5f}"
-                )
+            contestants, compiled = {"toy-lm": _ours(lm), "toy-lm int8": _ours(int8)}, {}
             if not options.no_peers:
                 contestants |= _transformers(folder, device, dtype, options.static_cache)
                 contestants |= _nanogpt(options.nanogpt, config, device, dtype)
-                contestants |= _gpt_fast(options.gpt_fast, config, device, dtype)
+                compiled = _gpt_fast(options.gpt_fast, config, device, dtype)
             for batch_size in batch_sizes:
-                seconds = _time(contestants, batch_size, num_tokens, options.repetitions)
-                rows += [
-                    Row(name=name, dtype=str(dtype)[6:], batch_size=batch_size, num_tokens=num_tokens, seconds=best)
-                    for name, best in seconds.items()
-                ]
-            if config.max_seqlen > 200:
-                first = _time({"toy-lm": _first_token(lm)}, 1, 1, 10)["toy-lm"]
-                rows.append(
-                    Row(name="first token of 200", dtype=str(dtype)[6:], batch_size=1, num_tokens=1, seconds=first)
+                report.add(
+                    _time(contestants, batch_size, num_tokens, options.repetitions), dtype, batch_size, num_tokens
                 )
-    print(
-        f"{binding}\n{options.run or options.preset}: {config.num_layers} layers of {config.model_dim}, top-k {TOP_K}\n"
-        f"{table(rows)}{losses}"
-    )
-    out = pathlib.Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    figures = [{**dataclasses.asdict(row), "tokens_per_second": row.tokens_per_second} for row in rows]
-    (out / "generate.json").write_text(json.dumps({"machine": binding, "rows": figures}, indent=2), encoding="utf-8")
-    print(f"figures: {out / 'generate.json'}")
+            if config.max_seqlen > 200:
+                report.add(_time({"first token of 200": _first_token(lm)}, 1, 1, 10), dtype, 1, 1)
+            if options.run:
+                losses = f"{str(dtype)[6:]}: {_loss(lm):.5f}, int8 {_loss(int8):.5f}"
+                print(f"  nats/token on corpus/sample.txt, {losses}")
+            if 1 in batch_sizes:
+                report.add(_time(compiled, 1, num_tokens, options.repetitions), dtype, 1, num_tokens)
+    print(f"{report.machine}\nfigures: {report.file}")
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [f"  {'':<20} {'dtype':<9} {'batch':>5} {'tokens/s':>11} {'us a step':>10} {'slower':>7}"]
-    ours = {(row.dtype, row.batch_size): row.seconds for row in rows if row.name == "toy-lm"}
-    for row in rows:
+class Report:
+    """Rows, printed and written to generate.json as they come: who is interrupted has those until then."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.machine, self.rows = folder / "generate.json", "", list[Row]()
+
+    def add(self, seconds: dict[str, float], dtype: torch.dtype, batch_size: int, num_tokens: int) -> None:
+        for name, best in seconds.items():
+            row = Row(name=name, dtype=str(dtype)[6:], batch_size=batch_size, num_tokens=num_tokens, seconds=best)
+            self.rows.append(row)
+            print(self.line(row), flush=True)
+        figures = [{**dataclasses.asdict(row), "tokens_per_second": row.tokens_per_second} for row in self.rows]
+        self.file.write_text(json.dumps({"machine": self.machine, "rows": figures}, indent=2), encoding="utf-8")
+
+    def line(self, row: Row) -> str:
+        ours = {(row.dtype, row.batch_size): row.seconds for row in self.rows if row.name == "toy-lm"}
         line = f"  {row.name:<20} {row.dtype:<9} {row.batch_size:>5} {row.tokens_per_second:>11,.0f} "
         line += f"{1e6 * row.seconds / row.num_tokens:>10.1f}"
         if row.num_tokens > 1:
             line += f" {row.seconds / ours[row.dtype, row.batch_size]:>6.1f}x"
-        lines.append(line)
-    return "\n".join(lines)
+        return line
 
 
 def _write_model(folder: str, config: ModelConfig) -> None:
