@@ -1,11 +1,11 @@
-"""One step of a decoder on the GPU: four kernels a layer, each of which has read its weights before its turn comes.
+"""One step of a decoder on the GPU: five kernels a layer, each of which has read its weights before its turn comes.
 
     embed       x = embedding[token]
     linear      16 rows of W_qkv a program, times norm(x)
-    attend      a (sequence, head) a program: q and k normalised and rotated; k, v into the cache; softmax over the
-                cache; then the head's columns of W_o: a part of the sum
-    gate_up     8 hidden units a program: x + the heads' parts, norm, both products, silu(gate) * up
-    down        16 numbers of x a program: x + the heads' parts + W_down hidden
+    attend      a (sequence, head) a program: q and k normalised and rotated; k, v into the cache; softmax over it
+    add         16 numbers of x a program: x + W_o attended
+    gate_up     8 hidden units a program: both products with norm(x), silu(gate) * up
+    add         x + W_down hidden
     linear      16 logits a program: embedding norm(x)
 
 At batch 1 a step is a chain of small kernels: reading a part's weights takes less time than starting it and handing its
@@ -13,16 +13,15 @@ result on. Where the card has programmatic launches (sm_90), a kernel starts whi
 what they do not write, weights and older keys and values, and only then waits for them. Only `embed` waits from the
 start, so that one step never overlaps the next: what one step reads early, the one before has written.
 
-The norm needs no kernel of its own: norm(x) W = (x scale) W / rms(x), and the squares are summed beside the product, in
-fp64, so that their order does not matter. The heads' parts are added by whoever reads them, always in the order of the
-heads, so that nothing is added atomically. For several sequences that would be much to do alike in every program: there
-`prepare` does both once.
+The norm needs no kernel of its own: norm(x) W = (x scale) W / rms(x). Whoever writes x also writes it scaled, rounded
+to what the matrix units take, and the sums of the squares of its 16 numbers, in fp64, so that their order does not
+matter; whoever multiplies adds these up.
 
 bf16 weights meet the sequences in the matrix units, rounded to bf16, in SPLITS sums that are added up at the end; fp32
 weights are multiplied without them and added up in a tree, which rounds less. (As `tl.dot` they would be a chain, and
 the compiler would hang each tile's chain onto the one before: model_dim additions in a row.) Neither depends on how
 many sequences a tile holds, and `attend` has one tile for any number of them: a sequence's logits do not depend on its
-neighbours. x, the parts and all sums are fp32.
+neighbours. x and all sums are fp32.
 
 Knows torch and Triton; knows nothing of models beyond the layer that it computes.
 """
@@ -33,10 +32,12 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_K = {torch.float32: 64, torch.bfloat16: 1024}  # columns of weights at a time
-BLOCK_T = {torch.float32: 64, torch.bfloat16: 128}  # keys at a time
+BLOCK_T = 64  # keys at a time
+ATTEND_WARPS = 4
 PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
 SPLITS = {torch.float32: 1, torch.bfloat16: 4}
 NUM_WARPS = 4
+ROWS = 16  # of a product, a program
 
 
 @triton.jit
@@ -63,30 +64,14 @@ def _weights(w_ptr, n, in_n, start, dim: tl.constexpr, BLOCK_K: tl.constexpr, DT
 
 @triton.jit
 def _multiply(w, x, SPLITS: tl.constexpr):
-    """w [ROWS, BLOCK_K] times the transpose of x [BATCH, BLOCK_K] fp32: [ROWS, BATCH] fp32, BATCH at least 8."""
+    """w [ROWS, BLOCK_K] times the transpose of x [BATCH, BLOCK_K]: [ROWS, BATCH] fp32, BATCH at least 8."""
     if w.dtype == tl.float32:
         return tl.sum(w[:, None, :] * x[None, :, :], axis=2)
-    x = x.to(w.dtype)
     if x.shape[0] < 8:  # the matrix units take no fewer; one sequence's numbers are cheaper read once
         x = tl.broadcast_to(x, [8, x.shape[1]])
     w = tl.permute(tl.reshape(w, [w.shape[0], SPLITS, w.shape[1] // SPLITS]), (1, 0, 2))
     x = tl.permute(tl.reshape(x, [x.shape[0], SPLITS, x.shape[1] // SPLITS]), (1, 2, 0))
     return tl.sum(tl.dot(w, x), axis=0)  # over [SPLITS, ROWS, BATCH]
-
-
-@triton.jit
-def _stream(x_ptr, parts_ptr, at, mask, size, num_parts: tl.constexpr):
-    """x fp32, with the parts of the attention's output added that were not added yet."""
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    for part in tl.static_range(num_parts):
-        x += tl.load(parts_ptr + part * size + at, mask=mask, other=0.0)
-    return x
-
-
-@triton.jit
-def _factor(squares, eps, dim: tl.constexpr):
-    """1 / rms"""
-    return 1.0 / tl.sqrt_rn((squares / dim).to(tl.float32) + eps)
 
 
 @triton.jit
@@ -97,38 +82,40 @@ def _product(
     n,  # the rows' numbers [ROWS]
     in_n,
     x_ptr,  # [batch, dim]
-    parts_ptr,  # [num_parts, batch, dim]
     batch,
-    norm_ptr,  # [dim], or None: x is not to be normalised here
-    factor_ptr,  # [batch], what to multiply the product with, or None
-    eps,
     dim: tl.constexpr,
-    num_parts: tl.constexpr,
     BATCH: tl.constexpr,  # sequences of a tile: 1, or 8 and more
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """[ROWS, BATCH], at least 8 columns: the weights' rows times x, or times norm(x)."""
+    """[ROWS, BATCH], at least 8 columns: the weights' rows times x."""
     rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     acc = tl.zeros([n.shape[0], BATCH if BATCH >= 8 else 8], tl.float32)
-    squares = tl.zeros([BATCH], tl.float64)
     for start in range(0, dim, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         mask = (rows < batch)[:, None] & (columns < dim)[None, :]
-        x = _stream(x_ptr, parts_ptr, rows[:, None] * dim + columns[None, :], mask, batch * dim, num_parts)
-        if norm_ptr is not None:
-            squares += tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=1)
-            x *= tl.load(norm_ptr + columns, mask=columns < dim, other=0.0).to(tl.float32)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * dim + columns[None, :], mask=mask, other=0.0)
         acc += _multiply(w, x, SPLITS)
         w = _weights(w_ptr, n, in_n, start + BLOCK_K, dim, BLOCK_K, DTYPE)
     if w_scale_ptr is not None:
         acc *= tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[:, None]
-    if norm_ptr is not None:
-        acc *= _factor(squares, eps, dim)[None, :]
-    if factor_ptr is not None:
-        acc *= tl.load(factor_ptr + rows, mask=rows < batch, other=0.0)[None, :]
     return acc
+
+
+@triton.jit
+def _factor(squares, eps, dim: tl.constexpr):
+    """1 / rms"""
+    return 1.0 / tl.sqrt_rn((squares / dim).to(tl.float32) + eps)
+
+
+@triton.jit
+def _factors(squares_ptr, rows, batch, eps, dim: tl.constexpr, TILES: tl.constexpr, SHARE: tl.constexpr):
+    """1 / rms of these rows of x, from the sums of squares [., batch] of SHARE numbers each"""
+    tile = tl.arange(0, TILES)
+    mask = (tile * SHARE < dim)[:, None] & (rows < batch)[None, :]
+    squares = tl.load(squares_ptr + tile[:, None] * batch + rows[None, :], mask=mask, other=0.0)
+    return _factor(tl.sum(squares, axis=0), eps, dim)
 
 
 @triton.jit
@@ -138,55 +125,44 @@ def _sequences(BATCH: tl.constexpr):
 
 
 @triton.jit
-def _embed(token_ptr, embedding_ptr, x_ptr, dim: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    _start_next(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    token = tl.maximum(tl.load(token_ptr + row), 0)
-    x = tl.load(embedding_ptr + token * dim + columns, mask=columns < dim, other=0.0)
-    tl.store(x_ptr + row * dim + columns, x.to(tl.float32), mask=columns < dim)
-
-
-@triton.jit
-def _prepare(
+def _embed(
+    token_ptr,
+    embedding_ptr,
     x_ptr,
-    parts_ptr,
     norm_ptr,
-    scaled_ptr,  # [batch, dim] in the weights' dtype
-    factor_ptr,
+    scaled_ptr,
+    squares_ptr,
     batch,
-    eps,
     dim: tl.constexpr,
-    num_parts: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    SHARE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Add the heads' parts to x; x scaled, and what its products are multiplied with."""
     _start_next(OVERLAP)
-    row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    at, mask = row * dim + columns, columns < dim
-    scale = tl.load(norm_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    _wait(OVERLAP)
-    x = _stream(x_ptr, parts_ptr, at, mask, batch * dim, num_parts)
-    if num_parts > 0:
-        tl.store(x_ptr + at, x, mask=mask)
-    tl.store(scaled_ptr + at, (x * scale).to(scaled_ptr.dtype.element_ty), mask=mask)
-    tl.store(factor_ptr + row, _factor(tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=0), eps, dim))
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, TILES * SHARE)
+    token = tl.maximum(tl.load(token_ptr + row), 0)
+    x = tl.load(embedding_ptr + token * dim + columns, mask=columns < dim, other=0.0).to(tl.float32)
+    tl.store(x_ptr + row * dim + columns, x, mask=columns < dim)
+    scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0).to(tl.float32)
+    tl.store(scaled_ptr + row * dim + columns, (x * scale).to(scaled_ptr.dtype.element_ty), mask=columns < dim)
+    squares = tl.sum(tl.reshape(x.to(tl.float64) * x.to(tl.float64), [TILES, SHARE]), axis=1)
+    tile = tl.arange(0, TILES)
+    tl.store(squares_ptr + tile * batch + row, squares, mask=tile * SHARE < dim)
 
 
 @triton.jit
 def _linear(
-    x_ptr,
+    x_ptr,  # [batch, dim], scaled
+    squares_ptr,
     w_ptr,  # [size, dim]
     w_scale_ptr,
-    norm_ptr,
-    factor_ptr,
     out_ptr,  # [batch, size] fp32
     batch,
     size,
     eps,
     dim: tl.constexpr,
+    TILES: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -197,28 +173,11 @@ def _linear(
     """W norm(x): queries, keys and values of a layer, or the logits."""
     _start_next(OVERLAP)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = _sequences(BATCH)
     w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
-    acc = _product(
-        w,
-        w_ptr,
-        w_scale_ptr,
-        n,
-        n < size,
-        x_ptr,
-        None,
-        batch,
-        norm_ptr,
-        factor_ptr,
-        eps,
-        dim,
-        0,
-        BATCH,
-        BLOCK_K,
-        SPLITS,
-        DTYPE,
-    )
-    rows = _sequences(BATCH)
+    acc = _product(w, w_ptr, w_scale_ptr, n, n < size, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
+    acc *= _factors(squares_ptr, rows, batch, eps, dim, TILES, ROWS)[None, :]
     mask = (n < size)[:, None] & (rows < batch)[None, :]
     tl.store(out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], acc, mask=mask)
 
@@ -228,7 +187,7 @@ def _rotated(x_ptr, scale, partner_scale, cos, sin, offs, partner, inside, eps, 
     """A head's numbers [BLOCK_D], normalised, scaled, turned by their angles; sin has the sign of its half."""
     x = tl.load(x_ptr + offs, mask=inside, other=0.0)
     other = tl.load(x_ptr + partner, mask=inside, other=0.0)
-    factor = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / HEAD_DIM + eps)
+    factor = _factor(tl.sum(x * x, axis=0), eps, HEAD_DIM)
     return x * factor * scale * cos + other * factor * partner_scale * sin
 
 
@@ -242,28 +201,20 @@ def _attend(
     cos_ptr,
     sin_ptr,
     position_ptr,
-    w_ptr,  # [dim, num_heads * HEAD_DIM]
-    w_scale_ptr,
-    parts_ptr,  # [num_heads, batch, dim] fp32
-    batch,
+    out_ptr,  # [batch, num_heads * HEAD_DIM] in the weights' dtype
     capacity,
     eps,
     scale,  # log2(e) / sqrt(HEAD_DIM)
-    dim: tl.constexpr,
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
     BLOCK_T: tl.constexpr,  # keys at a time
-    BLOCK_N: tl.constexpr,  # rows of W_o at a time
     OVERLAP: tl.constexpr,
 ):
-    """Write the sequence's new key and value; attend with one head over them and what was cached before.
-
-    For one sequence, several programs attend alike and share the rows of W_o.
-    """
+    """Write the sequence's new key and value; attend with one head over them and what was cached before."""
     _start_next(OVERLAP)
-    sequence, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, head = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
     offs = tl.arange(0, BLOCK_D)
     inside, upper = offs < HEAD_DIM, offs >= HALF
@@ -276,9 +227,6 @@ def _attend(
     mask = (keys < position)[:, None] & inside[None, :]
     k_tile = tl.load(k_cache_ptr + at, mask=mask, other=0.0)
     v_tile = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
-    n = share * BLOCK_N + tl.arange(0, BLOCK_N)
-    w_at = w_ptr + n[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + offs[None, :]
-    w = tl.load(w_at, mask=(n < dim)[:, None] & inside[None, :], other=0)
     angle = position * HALF + tl.minimum(offs, partner)
     cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
@@ -295,7 +243,7 @@ def _attend(
     q = _rotated(q_at, q_scale, q_partner, cos, sin, offs, partner, inside, eps, HEAD_DIM) * scale
     k = _rotated(k_at, k_scale, k_partner, cos, sin, offs, partner, inside, eps, HEAD_DIM)
     k = k.to(k_cache_ptr.dtype.element_ty)
-    if (share == 0) & (head % (num_heads // num_kv_heads) == 0):
+    if head % (num_heads // num_kv_heads) == 0:
         tl.store(k_cache_ptr + (line + position) * HEAD_DIM + offs, k, mask=inside)
         tl.store(v_cache_ptr + (line + position) * HEAD_DIM + offs, v, mask=inside)
 
@@ -316,34 +264,22 @@ def _attend(
         row_sum = row_sum * alpha + tl.sum(p, axis=0)
         acc = acc * alpha + tl.sum(p[:, None] * values, axis=0)
         row_max = new_max
-    out = acc / row_sum
-
-    parts_ptr += (head * batch + sequence) * dim
-    step = tl.num_programs(2) * BLOCK_N
-    for _ in range(share * BLOCK_N, dim, step):
-        part = tl.sum(w.to(tl.float32) * out[None, :], axis=1)
-        if w_scale_ptr is not None:
-            part *= tl.load(w_scale_ptr + n, mask=n < dim, other=0.0)
-        tl.store(parts_ptr + n, part, mask=n < dim)
-        n += step
-        w_at += step * (num_heads * HEAD_DIM)
-        w = tl.load(w_at, mask=(n < dim)[:, None] & inside[None, :], other=0)
+    out = (acc / row_sum).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (sequence * num_heads + head) * HEAD_DIM + offs, out, mask=inside)
 
 
 @triton.jit
 def _gate_up(
-    x_ptr,
-    parts_ptr,
+    x_ptr,  # [batch, dim], scaled
+    squares_ptr,
     w_ptr,  # [2 mlp_dim, dim]
     w_scale_ptr,
-    norm_ptr,
-    factor_ptr,
     hidden_ptr,  # [batch, mlp_dim] in the weights' dtype
     batch,
+    mlp_dim,
     eps,
     dim: tl.constexpr,
-    mlp_dim: tl.constexpr,
-    num_parts: tl.constexpr,
+    TILES: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -355,46 +291,30 @@ def _gate_up(
     i = tl.arange(0, ROWS)
     unit = tl.program_id(0) * (ROWS // 2) + i // 2
     n, in_n = unit + i % 2 * mlp_dim, unit < mlp_dim  # a gate and its up by turns
+    rows = _sequences(BATCH)
     w = _weights(w_ptr, n, in_n, 0, dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
-    acc = _product(
-        w,
-        w_ptr,
-        w_scale_ptr,
-        n,
-        in_n,
-        x_ptr,
-        parts_ptr,
-        batch,
-        norm_ptr,
-        factor_ptr,
-        eps,
-        dim,
-        num_parts,
-        BATCH,
-        BLOCK_K,
-        SPLITS,
-        DTYPE,
-    )
+    acc = _product(w, w_ptr, w_scale_ptr, n, in_n, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
+    acc *= _factors(squares_ptr, rows, batch, eps, dim, TILES, ROWS)[None, :]
     gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, acc.shape[1]]), (0, 2, 1)))
     hidden = gate / (1.0 + tl.exp(-gate)) * up
     unit = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
-    rows = _sequences(BATCH)
     at = hidden_ptr + rows[None, :] * mlp_dim + unit[:, None]
     tl.store(at, hidden.to(hidden_ptr.dtype.element_ty), mask=(unit < mlp_dim)[:, None] & (rows < batch)[None, :])
 
 
 @triton.jit
-def _down(
-    x_ptr,
-    parts_ptr,
-    hidden_ptr,
-    w_ptr,  # [dim, mlp_dim]
+def _add(
+    v_ptr,  # [batch, dim] in the weights' dtype
+    w_ptr,  # [size, dim]
     w_scale_ptr,
+    x_ptr,  # [batch, size] fp32
+    norm_ptr,  # of the norm that comes next
+    scaled_ptr,  # [batch, size] in the weights' dtype: x times that norm's scale
+    squares_ptr,  # [programs, batch] fp64: of the program's numbers of x, the sums of squares
     batch,
+    size,
     dim: tl.constexpr,
-    mlp_dim: tl.constexpr,
-    num_parts: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -402,33 +322,20 @@ def _down(
     DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """x + W v: what the heads or the hidden units come to."""
     _start_next(OVERLAP)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = _sequences(BATCH)
-    at, mask = rows[None, :] * dim + n[:, None], (n < dim)[:, None] & (rows < batch)[None, :]
-    w = _weights(w_ptr, n, n < dim, 0, mlp_dim, BLOCK_K, DTYPE)
+    at, mask = rows[None, :] * size + n[:, None], (n < size)[:, None] & (rows < batch)[None, :]
+    w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K, DTYPE)
+    scale = tl.load(norm_ptr + n, mask=n < size, other=0.0).to(tl.float32)
     _wait(OVERLAP)
-    x = _stream(x_ptr, parts_ptr, at, mask, batch * dim, num_parts)
-    acc = _product(
-        w,
-        w_ptr,
-        w_scale_ptr,
-        n,
-        n < dim,
-        hidden_ptr,
-        None,
-        batch,
-        None,
-        None,
-        0.0,
-        mlp_dim,
-        0,
-        BATCH,
-        BLOCK_K,
-        SPLITS,
-        DTYPE,
-    )
-    tl.store(x_ptr + at, x + acc, mask=mask)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    x += _product(w, w_ptr, w_scale_ptr, n, n < size, v_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
+    tl.store(x_ptr + at, x, mask=mask)
+    tl.store(scaled_ptr + at, (x * scale[:, None]).to(scaled_ptr.dtype.element_ty), mask=mask)
+    x = tl.where(mask, x, 0.0).to(tl.float64)
+    tl.store(squares_ptr + tl.program_id(0) * batch + rows, tl.sum(x * x, axis=0), mask=rows < batch)
 
 
 def decode_step(
@@ -457,59 +364,53 @@ def decode_step(
     """See `kernels.decode_step`."""
     num_layers, batch, num_kv_heads, capacity, head_dim = k_cache.shape
     (vocab_size, dim), dtype = embedding.shape, embedding.dtype
-    mlp_dim, num_heads, alone = down.shape[2], o.shape[2] // head_dim, batch == 1
-    unadded = num_heads if alone else 0  # of the heads' parts, for gate_up and down
+    mlp_dim, num_heads = down.shape[2], o.shape[2] // head_dim
     x = embedding.new_empty((batch, dim), dtype=torch.float32)
+    scaled = embedding.new_empty((batch, dim))
+    squares = embedding.new_empty((triton.cdiv(dim, ROWS), batch), dtype=torch.float64)
     projected = embedding.new_empty((batch, qkv.shape[1]), dtype=torch.float32)
-    parts = embedding.new_empty((num_heads, batch, dim), dtype=torch.float32)
+    attended = embedding.new_empty((batch, o.shape[2]))
     hidden = embedding.new_empty((batch, mlp_dim))
     logits = embedding.new_empty((batch, vocab_size), dtype=torch.float32)
-    scaled = embedding.new_empty((batch, dim))
-    factor = embedding.new_empty((batch,), dtype=torch.float32)
 
     overlap = _can_overlap(embedding.device)
     early = {"OVERLAP": overlap, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
-    block_d, block_dim = triton.next_power_of_2(head_dim), triton.next_power_of_2(dim)
-
-    def normalised(norm: Tensor, num_parts: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What a product reads of norm(x): x and the norm's scale, or what `prepare` made of them."""
-        if alone:
-            return x, norm, None
-        _prepare[(batch,)](
-            x, parts, norm, scaled, factor, batch, norm_eps, dim, num_parts, BLOCK=block_dim, num_warps=4, **early
-        )
-        return scaled, None, factor
+    tiles = triton.next_power_of_2(len(squares))
 
     def product(rows: int, columns: int) -> tuple[tuple[int, int], dict]:
         """The grid and the tile of a product with weights of this size."""
         tile = _tile(batch, dtype)
         block_k = min(BLOCK_K[dtype], triton.next_power_of_2(max(columns, 64)))
-        sizes = {"BATCH": tile, "ROWS": 16, "BLOCK_K": block_k, "SPLITS": SPLITS[dtype], "DTYPE": PRODUCT[dtype]}
-        return (triton.cdiv(rows, 16), triton.cdiv(batch, tile)), {**sizes, "num_warps": NUM_WARPS, **early}
+        sizes = {"BATCH": tile, "ROWS": ROWS, "BLOCK_K": block_k, "SPLITS": SPLITS[dtype], "DTYPE": PRODUCT[dtype]}
+        return (triton.cdiv(rows, ROWS), triton.cdiv(batch, tile)), {**sizes, "num_warps": NUM_WARPS, **early}
 
-    _embed[(batch,)](token_ids, embedding, x, dim, BLOCK=block_dim, OVERLAP=overlap)
+    def linear(w: Tensor, scale: Tensor | None, out: Tensor) -> None:
+        grid, options = product(len(w), dim)
+        _linear[grid](scaled, squares, w, scale, out, batch, len(w), norm_eps, dim, tiles, **options)
+
+    def add(v: Tensor, w: Tensor, scale: Tensor | None, next_norm: Tensor) -> None:
+        grid, options = product(dim, v.shape[1])
+        _add[grid](v, w, scale, x, next_norm, scaled, squares, batch, dim, v.shape[1], **options)
+
+    _embed[(batch,)](
+        token_ids, embedding, x, input_norm[0], scaled, squares, batch, dim, tiles, ROWS, OVERLAP=overlap, num_warps=4
+    )
     for layer in range(num_layers):
         scales = (scale if scale is None else scale[layer] for scale in (qkv_scale, o_scale, gate_up_scale, down_scale))
         of_qkv, of_o, of_gate_up, of_down = scales
-        grid, options = product(qkv.shape[1], dim)
-        source, *norm = normalised(input_norm[layer], 0)
-        _linear[grid](source, qkv[layer], of_qkv, *norm, projected, batch, qkv.shape[1], norm_eps, dim, **options)
-        _attend[(batch, num_heads, triton.cdiv(dim, 64) if alone else 1)](
-            projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, o[layer],
-            of_o, parts, batch, capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, dim, num_heads, num_kv_heads,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=BLOCK_T[dtype], BLOCK_N=64, num_warps=NUM_WARPS,
-            **early,
+        linear(qkv[layer], of_qkv, projected)
+        _attend[(batch, num_heads)](
+            projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, attended,
+            capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, num_heads, num_kv_heads, HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_T=BLOCK_T, num_warps=ATTEND_WARPS, **early,
         )  # fmt: skip
+        add(attended, o[layer], of_o, post_norm[layer])
         grid, options = product(2 * mlp_dim, dim)
-        source, *norm = normalised(post_norm[layer], num_heads)
         _gate_up[grid](
-            source, parts, gate_up[layer], of_gate_up, *norm, hidden, batch, norm_eps, dim, mlp_dim, unadded, **options
+            scaled, squares, gate_up[layer], of_gate_up, hidden, batch, mlp_dim, norm_eps, dim, tiles, **options
         )
-        grid, options = product(dim, mlp_dim)
-        _down[grid](x, parts, hidden, down[layer], of_down, batch, dim, mlp_dim, unadded, **options)
-    grid, options = product(vocab_size, dim)
-    source, *norm = normalised(final_norm, 0)
-    _linear[grid](source, embedding, None, *norm, logits, batch, vocab_size, norm_eps, dim, **options)
+        add(hidden, down[layer], of_down, input_norm[layer + 1] if layer + 1 < num_layers else final_norm)
+    linear(embedding, None, logits)
     return logits
 
 

@@ -13,9 +13,10 @@ from tests.kernels.test_decode_step import EPS, arguments
 
 pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[2]
-KERNELS = ("_embed", "_prepare", "_linear", "_attend", "_gate_up", "_down")
+KERNELS = ("_embed", "_linear", "_attend", "_gate_up", "_add")
 TYPES = {
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
     torch.int8: "*i8",
     torch.int32: "*i32",
@@ -83,7 +84,7 @@ def test_compiles_for_every_card(
 ):
     from kernels.decode_step import triton_decode_step as module
 
-    recorders = {name: Recorder(getattr(module, name)) for name in KERNELS if name != "_prepare" or batch > 1}
+    recorders = {name: Recorder(getattr(module, name)) for name in KERNELS}
     for name, recorder in recorders.items():
         monkeypatch.setattr(module, name, recorder)
     monkeypatch.setattr(module, "_can_overlap", lambda device: capability >= 90)
@@ -93,7 +94,7 @@ def test_compiles_for_every_card(
     for name, recorder in recorders.items():
         compiled = recorder.compile(capability)
         assert resources(compiled).spilled_bytes <= 16, name  # for 128 registers, ptxas spills four words
-        if name in ("_linear", "_gate_up", "_down"):
+        if name in ("_linear", "_gate_up", "_add"):
             matrix_units = ("mma.sync", "wgmma", "tcgen05")
             used = any(instruction in compiled.asm["ptx"] for instruction in matrix_units)
             assert used == (dtype == torch.bfloat16), name  # in fp32 they would round to tf32
