@@ -142,37 +142,41 @@ class Decoder:
         self.starts = [-1] * batch_size  # of the windows that the cache holds; -1: none
         self.unread: list[Tensor] = []  # tokens that were drawn and that `texts` lacks, (batch, any number) each
         self.num_unread = 0
-        self.last = torch.zeros(batch_size, dtype=torch.int64, device=device)  # the token that each text ends in
-        self.seeds = torch.zeros_like(self.last)
-        self.numbers = torch.zeros_like(self.last)  # of the step, counted from where the text joined
-        self.busy = torch.zeros_like(self.last, dtype=torch.int32)  # 1 where a row has a text, else 0
+        self.seeds, self.joined = [0] * batch_size, [0] * batch_size  # of each text: its seed, its prompt's length
+        self.changed = False  # does the device lack something that the host knows of the rows?
+        self.state = torch.zeros((5, batch_size), dtype=torch.int64, device=device)  # a step's whole input, see `_tell`
         self.steps = torch.arange(_STEPS_AT_ONCE + 1, device=device)[:, None]
-        self.ahead = self.steps.int() * self.busy  # by how much each row's position has grown before each of them
+        self.ahead = self.steps * self.state[4]  # by how much each row's position has grown before each of them
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by their number of steps
         self.num_eager = 0
 
     def join(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
         """Begin with these prompts, token ids each, none empty, in these rows."""
         self.read()
-        for row, prompt in zip(rows, prompts, strict=True):
-            self.texts[row], self.starts[row] = list(prompt), -1
-        self._set(rows, [prompt[-1] for prompt in prompts], seeds, busy=1)
+        for row, prompt, seed in zip(rows, prompts, seeds, strict=True):
+            self.texts[row], self.starts[row], self.seeds[row], self.joined[row] = list(prompt), -1, seed, len(prompt)
+        self.changed = True
 
     def leave(self, rows: Sequence[int]) -> None:
         """The texts in these rows are over."""
         self.read()
         for row in rows:
             self.texts[row], self.starts[row] = [], -1
-        self._set(rows, [0] * len(rows), [0] * len(rows), busy=0)
+        self.changed = True
 
-    def _set(self, rows: Sequence[int], last: Sequence[int], seeds: Sequence[int], busy: int) -> None:
-        index = torch.tensor(rows, device=self.last.device)
-        self.last[index] = torch.tensor(last, device=self.last.device)
-        self.seeds[index] = torch.tensor(seeds, device=self.last.device)
-        self.numbers[index] = 0
-        self.busy[index] = busy
-        torch.mul(self.steps, self.busy, out=self.ahead)
-        self.cache.seqlens[index] = 0
+    def _tell(self) -> None:
+        """Give the device what a step needs, in one copy: for each row
+
+        the token that its text ends in, how many were drawn before, its position, its seed, and 1 if there is a text.
+        """
+        rows = zip(self.texts, self.joined, self.starts, self.seeds, strict=True)
+        known = [
+            (text[-1], len(text) - joined, len(text) - start - 1, seed, 1) if text else (0, 0, 0, 0, 0)
+            for text, joined, start, seed in rows
+        ]
+        self.state.copy_(torch.tensor(known).T)
+        torch.mul(self.steps, self.state[4], out=self.ahead)
+        self.changed = False
 
     def read(self) -> None:
         """Wait for the tokens that were drawn and add them to `texts`."""
@@ -197,6 +201,8 @@ class Decoder:
             for row in moved:
                 self.starts[row] = windows[row]
             self._read_windows(moved)
+        if moved or self.changed:
+            self._tell()
         room = [start + self.context + 1 - len(self.texts[row]) - self.num_unread for row, start in windows.items()]
         count = min([count, *room])
         drawn: list[Tensor] = []
@@ -227,10 +233,10 @@ class Decoder:
     def _run(self, count: int) -> tuple[Tensor, Tensor]:
         """The tokens (batch, count) of as many steps, and the logits of the last."""
         cache, sampling = self.cache, self.sampling
-        *positions, seqlens = (cache.seqlens + self.ahead[: count + 1]).unbind()  # (batch,) each
-        *numbers, number = (self.numbers + self.steps[: count + 1]).unbind()
-        token_ids, drawn = self.last, []
-        for position, step in zip(positions, numbers, strict=True):
+        counts = self.state[1:3] + self.ahead[: count + 1, None]  # (count + 1, 2, batch): before each step, at the end
+        numbers, positions = counts[:, 0], counts[:, 1].int()
+        token_ids, drawn = self.state[0], []
+        for number, position in zip(numbers[:-1], positions[:-1], strict=True):
             logits = kernels.decode_step(  # token ids -> model (attention op) -> logits
                 token_ids, position, cache.k, cache.v, self.weights, norm_eps=self.config.norm_eps
             )
@@ -242,15 +248,13 @@ class Decoder:
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
-                seed=self.seeds,
-                step=step,
+                seed=self.state[3],
+                step=number,
             )
             assert isinstance(new, Tensor)
             token_ids = new  # -1 is no token: the next step takes it for 0, and whoever asked for it stops
             drawn.append(new)
-        self.last.copy_(token_ids)
-        cache.seqlens.copy_(seqlens)
-        self.numbers.copy_(number)
+        torch.stack((token_ids, *counts[-1]), out=self.state[:3])
         return torch.stack(drawn, dim=1), logits
 
     def _read_windows(self, rows: list[int]) -> None:
@@ -258,7 +262,6 @@ class Decoder:
 
         Equal windows are read once, and windows of nearly equal length together.
         """
-        sizes = [max(0, len(text) - start - 1) for text, start in zip(self.texts, self.starts, strict=True)]
         readers: dict[tuple[int, ...], list[int]] = {}
         for row in rows:
             readers.setdefault(tuple(self.texts[row][self.starts[row] : -1]), []).append(row)
@@ -271,13 +274,12 @@ class Decoder:
                 batch.append(window)
         if batch:
             self._prefill(batch, readers)
-        self.cache.set_seqlens(torch.tensor(sizes, dtype=torch.int32, device=self.last.device), max(sizes))
 
     def _prefill(self, windows: list[tuple[int, ...]], readers: dict[tuple[int, ...], list[int]]) -> None:
         """Read these windows, shortest first, and give the keys and values of each to the rows that it stands in."""
         longest = len(windows[-1])
         fresh = self.reader.read(windows)
         pairs = [(number, row) for number, window in enumerate(windows) for row in readers[window]]
-        source, target = torch.tensor(pairs, device=self.last.device).unbind(dim=1)
-        self.cache.k[:, target, :, :longest] = fresh.k[:, source, :, :longest]
-        self.cache.v[:, target, :, :longest] = fresh.v[:, source, :, :longest]
+        source, target = torch.tensor(pairs, device=self.state.device).T if len(pairs) > 1 else pairs[0]
+        for cached, new in ((self.cache.k, fresh.k), (self.cache.v, fresh.v)):
+            cached[:, target, :, :longest] = new[:, source, :, :longest]
