@@ -145,12 +145,15 @@ def attend_block(
     scale_log2,
     seqlen_q,
     seqlen_k,
+    masked,
     CONSUMERS: gl.constexpr,
     CAUSAL: gl.constexpr,
-    MASKED: gl.constexpr,
     S_LAYOUT: gl.constexpr,
 ):
     """One pass of the main loop: S_j, beside it O += P_{j-1} V_{j-1}, then softmax(S_j), all of one consumer.
+
+    If causal, `masked` says whether some query does not see all of these keys: such blocks take a branch, not a loop of
+    their own, between which and the other loop P would be copied.
 
     P waits for the next pass in fp32; with three consumers, which have fewer registers, rounded: half of them, but
     copies between them.
@@ -167,9 +170,10 @@ def attend_block(
 
     s = warpgroup_mma_wait(1, deps=[s])
     k_ring.release(j)
-    if MASKED:
-        s = mask_scores(s, row, n_start, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
-    p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2, MASKED)
+    if CAUSAL:  # noqa: SIM102  decided by the compiler, the inner one by the block
+        if masked:
+            s = mask_scores(s, row, n_start, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
+    p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2, CAUSAL)
 
     # The next keys are due anyway. Waiting for them here, a branch, keeps ptxas from moving the wait below, and with it
     # the end of P V, ahead of the exponentials.
@@ -233,17 +237,10 @@ def consume(
         if FEW_REGISTERS:
             p = as_operand(p, acc, v_ring)
 
-        if CAUSAL:  # the blocks on the diagonal
-            for n_block in range(n_blocks - 2, n_full - 1, -1):
-                acc, p, alpha, row_max, row_sum = attend_block(
-                    acc, p, alpha, row_max, row_sum, q, k_ring, v_ring, j, row, n_block * BLOCK_N, scale_log2,
-                    seqlen_q, seqlen_k, CONSUMERS, CAUSAL, True, S_LAYOUT,
-                )  # fmt: skip
-                j += 1
-        for n_block in range(n_full - 1, -1, -1):
+        for n_block in range(n_blocks - 2, -1, -1):
             acc, p, alpha, row_max, row_sum = attend_block(
                 acc, p, alpha, row_max, row_sum, q, k_ring, v_ring, j, row, n_block * BLOCK_N, scale_log2,
-                seqlen_q, seqlen_k, CONSUMERS, CAUSAL, False, S_LAYOUT,
+                seqlen_q, seqlen_k, n_block >= n_full, CONSUMERS, CAUSAL, S_LAYOUT,
             )  # fmt: skip
             j += 1
 
@@ -360,8 +357,9 @@ class Tile:
 
 
 # By (head_dim, causal). TFLOP/s on an H200, bf16, at 512 / 1024 / 2048 / 4096 / 8192 / 16384 keys, 16384 tokens in all:
-# 352 / 400 / 466 / 492 / 513 / 507, 240 / 320 / 382 / 410 / 429 / 429, 503 / 598 / 654 / 641 / 655 / 613 and
-# 329 / 462 / 568 / 619 / 604 / 602. Two consumers for (64, False): 347 / 378 / 422 / 432 / 431 / 432.
+# 352 / 400 / 466 / 492 / 513 / 507, 250 / 332 / 395 / 430 / 445 / 455, 503 / 598 / 654 / 641 / 655 / 613 and
+# 330 / 459 / 566 / 607 / 639 / 643. Two consumers for (64, False): 347 / 378 / 422 / 432 / 431 / 432; three for
+# (64, True): 182 / 249 / 355 / 404 / 436 / 435.
 TILES = {
     (64, False): Tile(block_n=128, consumers=3, registers=160, stages=3),
     (64, True): Tile(block_n=128, consumers=2, registers=240, stages=3),
