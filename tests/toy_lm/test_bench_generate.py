@@ -27,6 +27,20 @@ def test_rows_and_losses(run_folder: str, tmp_path: pathlib.Path, capsys: pytest
     assert len(lines) == 2
 
 
+def test_rows_are_written_as_they_come(run_folder: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    def time(contestants, batch_size: int, *_) -> dict[str, float]:
+        if batch_size == 3:
+            raise KeyboardInterrupt
+        return dict.fromkeys(contestants, 1.0)
+
+    monkeypatch.setattr(generate, "_time", time)
+    options = ["--device", "cpu", "--run", run_folder, "--no-peers", "--num-tokens", "4", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        generate.run([*options, "--batch-sizes", "1", "3"])
+    rows = json.loads((tmp_path / "generate.json").read_text())["rows"]
+    assert [(row["name"], row["batch_size"]) for row in rows] == [("toy-lm", 1), ("toy-lm int8", 1)]
+
+
 def test_texts_longer_than_the_context_are_refused(run_folder: str):
     with pytest.raises(ValueError, match=r"^num-tokens: got 24, needs 1 to 23"):
         generate.run(["--device", "cpu", "--run", run_folder, "--num-tokens", "24"])
