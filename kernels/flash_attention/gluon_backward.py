@@ -391,7 +391,7 @@ def backward_kernel(
     dq_desc,  # tiles [64, 64] of the sum (batch * num_heads, padded seqlen_q, head_dim) in fp32
     dk_desc,  # as k_desc
     dv_desc,
-    turn_ptr,  # (batch * num_heads, num_m_blocks) int32: how many programs have added to a block's dQ; zero at first
+    turn_ptr,  # (batch * num_heads, num_m_blocks) int32: how many programs have added to a block's dQ
     softmax_scale,
     num_n_blocks,
     num_m_blocks,
@@ -469,6 +469,7 @@ def prepare_kernel(
     lse_ptr,
     dlse_ptr,
     row_ptr,  # (batch * num_heads, num_m_blocks, 2, BLOCK_M)
+    turn_ptr,  # (batch * num_heads, num_m_blocks)
     stride_out_b,
     stride_out_h,
     stride_out_m,
@@ -481,7 +482,8 @@ def prepare_kernel(
     BLOCK_M: gl.constexpr,
     HEAD_DIM: gl.constexpr,
 ):
-    """delta = rowsum(out * dout) - dlse, and lse in log2 units; where no key is seen, or no row is, +inf: P = 0."""
+    """delta = rowsum(out * dout) - dlse, and lse in log2 units; where no key is seen, or no row is, +inf: P = 0. And
+    nobody has added to dQ yet."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     m_block = gl.program_id(0)
     pair = gl.program_id(1)
@@ -500,9 +502,11 @@ def prepare_kernel(
     if HAS_DLSE:
         delta -= gl.load(dlse_ptr + pair.to(gl.int64) * seqlen_q + offs_m, mask=inside, other=0.0)
     lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-    row = row_ptr + (pair * gl.num_programs(0) + m_block).to(gl.int64) * (2 * BLOCK_M) + offs
+    block = pair * gl.num_programs(0) + m_block
+    row = row_ptr + block.to(gl.int64) * (2 * BLOCK_M) + offs
     gl.store(row, lse)
     gl.store(row + BLOCK_M, delta)
+    gl.store(turn_ptr + block, 0)
 
 
 @gluon.jit(do_not_specialize=["num_heads", "seqlen_q", "seqlen_k"])
@@ -629,7 +633,7 @@ def launch(
     num_pairs = batch_size * num_heads
     rows = torch.empty(num_pairs * num_m_blocks * 2 * tile.block_m, dtype=torch.float32, device=q.device)
     dq_sum = torch.empty(num_pairs, num_m_blocks * tile.block_m, head_dim, dtype=torch.float32, device=q.device)
-    turn = torch.zeros(num_pairs, num_m_blocks, dtype=torch.int32, device=q.device)
+    turn = torch.empty(num_pairs, num_m_blocks, dtype=torch.int32, device=q.device)
     queries = seqlen_q * head_dim * (num_heads // num_kv_heads)  # elements of Q that one program walks over
     heads_per_group = min(batch_size * num_kv_heads, max(1, MAX_IN_USE[causal] // queries))
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -644,7 +648,7 @@ def launch(
     run(
         prepare_kernel,
         (num_m_blocks, num_pairs),
-        *(out, dout, lse, lse if dlse is None else dlse, rows),
+        *(out, dout, lse, lse if dlse is None else dlse, rows, turn),
         *(*out.stride()[:3], *dout.stride()[:3], num_heads, seqlen_q, dlse is not None, tile.block_m, head_dim),
     )
     run(
