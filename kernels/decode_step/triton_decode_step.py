@@ -32,9 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_K = {torch.float32: 64, torch.bfloat16: 1024}  # columns of weights at a time
-# Keys at a time and warps of `attend`. On an H200, nanoGPT's shape in bf16, a step at positions 0, 128 and 255 takes, in
-# us, for one sequence and for 64: (64, 4) 57 68 78 and 127 157 185; (128, 4) 58 66 73 and 132 162 195; (64, 8) 59 72 85
-# and 132 183 232; (256, 8) 58 70 70 and 147 208 218.
+# Keys at a time and warps of `attend`. On an H200, nanoGPT's shape in bf16, a step at positions 0, 128 and 255 takes,
+# in us, for one sequence and for 64: (64, 4) 57 68 78 and 127 157 185; (128, 4) 58 66 73 and 132 162 195;
+# (64, 8) 59 72 85 and 132 183 232; (256, 8) 58 70 70 and 147 208 218.
 BLOCK_T, ATTEND_WARPS = 64, 4
 PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
 SPLITS = {torch.float32: 1, torch.bfloat16: 4}
