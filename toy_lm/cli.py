@@ -88,7 +88,8 @@ def _add_attention(job: argparse.ArgumentParser) -> None:
 def _add_train(jobs) -> None:
     job = _add_job(jobs, "train", _train, "Train a model on a text and leave a run folder.")
     job.add_argument("--corpus", default="sample", help="a UTF-8 text file, sample, grammar or grammar:BYTES")
-    job.add_argument("--preset", default="sample", help="sample, shakespeare, shakespeare-cpu or small")
+    names = "sample, shakespeare, shakespeare-long, shakespeare-cpu or small"
+    job.add_argument("--preset", default="sample", help=names)
     job.add_argument("--out", default=DEFAULT_RUN, metavar="FOLDER", help="the run folder to make")
     job.add_argument("--resume", action="store_true", help="continue the run in --out")
     job.add_argument("--steps", type=int, help="how many steps in all, in place of the preset's")

@@ -40,6 +40,7 @@ from toy_lm.tokenizer import Tokenizer
 from toy_lm.train import learning_rate
 
 NANOGPT = "nanoGPT"
+OVERFITTED = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,7 +315,10 @@ def _steady_state(makers: Sequence[Callable[[], Contestant]], chosen: Preset, de
 def _race(
     contestant: Contestant, validation: data.Windows, chosen: Preset, target: float, device: torch.device
 ) -> Race:
-    """Train to the end of the contestant's own schedule; print when the target was reached, and the best loss."""
+    """Train to the end of the contestant's own schedule; print when the target was reached, and the best loss.
+
+    A run whose loss has risen by OVERFITTED above its best ends there.
+    """
     starts = validation.spread_starts(1 << 40, chosen.train.seqlen)  # the whole validation text
     batches = np.array_split(starts, math.ceil(len(starts) / 64))
     _wait(device)
@@ -334,13 +338,15 @@ def _race(
             nats = sum(contestant.losses(*validation.at(batch)).sum().item() for batch in batches)
         loss = nats / (len(starts) * chosen.train.seqlen)
         curve.append((seconds, number + 1, loss))
+        if loss > min(point[2] for point in curve) + OVERFITTED:
+            break
         begin = time.perf_counter()
     at_target, at_step, _ = next((point for point in curve if point[2] <= target), (math.inf, 0, 0.0))
     _, best_step, best = min(curve, key=lambda point: point[2])
     reached = f"{at_target:.2f} s, step {at_step}" if at_step else "not reached"
     print(
         f"{contestant.name} ({contestant.num_parameters:,} parameters): loss {target} after {reached}; "
-        f"best {best:.4f} at step {best_step}; {contestant.num_steps} steps in {seconds:.1f} s, "
+        f"best {best:.4f} at step {best_step}; {curve[-1][1]} steps in {seconds:.1f} s, "
         f"the first (compiling) {first:.1f} s",
         flush=True,
     )
