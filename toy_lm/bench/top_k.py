@@ -7,8 +7,9 @@
                   over the bandwidth that a copy reaches on this machine
 
 On a GPU a time is the median over replays of a CUDA graph of the call, with cold caches: the time of the device, not of
-Python on the host, which hides only behind work that is as long. On a CPU it is of wall times: the calls take turns,
-each repeated for a while, and the first of a turn does not count.
+Python on the host, which hides only behind work that is as long. What starting one replay takes is in each of these
+times; it is measured by itself, as the time of a kernel on one element. On a CPU a time is the median of wall times:
+the calls take turns, each repeated for a while, and the first of a turn does not count.
 
 Knows the ops; knows nothing of how they work.
 """
@@ -74,24 +75,31 @@ def bench(device: str = "auto", out: str | pathlib.Path = "runs/bench", log: Cal
     log(kernels.load(where).line)
     bytes_per_second = copy_bandwidth(where)
     log(f"a copy reaches {bytes_per_second / 1e9:.0f} GB/s, bytes read and bytes written added up")
-    rows = []
+    report: dict = {"machine": kernels.load(where).line, "seconds": []}
+    if where.type == "cuda":
+        report["empty"] = time_graph(functools.partial(torch.zeros(1, device=where).add_, 1))
+        log(f"a kernel on one element takes {1e6 * report['empty']:.1f} us of each time below")
     for batch, vocab_size, k in GPU_SIZES if where.type == "cuda" else CPU_SIZES:
         for dtype in (torch.float32, torch.bfloat16):
             logits = torch.randn(batch, vocab_size, device=where).to(dtype)
             times = time_calls(calls(logits, k), where)
             floor = logits.numel() * logits.element_size() / bytes_per_second
-            rows.append(
-                {"batch": batch, "vocab_size": vocab_size, "k": k, "dtype": str(dtype)[6:], "floor": floor, **times}
-            )
-            log(describe(rows[-1]))
-    size = GPU_CURVE_SIZE if where.type == "cuda" else CPU_CURVE_SIZE
-    curve = measure_curve(torch.randn(size, device=where))
-    for name, seconds in curve.items():
+            size = {"batch": batch, "vocab_size": vocab_size, "k": k, "dtype": str(dtype)[6:]}
+            report["seconds"].append({**size, "floor": floor, **times})
+            log(describe(report["seconds"][-1]))
+            _write(folder, report)  # a run that is broken off leaves what it has measured
+    report["curve_size"] = GPU_CURVE_SIZE if where.type == "cuda" else CPU_CURVE_SIZE
+    report["curve"] = measure_curve(torch.randn(report["curve_size"], device=where))
+    for name, seconds in report["curve"].items():
         log(f"over k, {name}, " + ", ".join(f"{k}: {1e6 * s:.0f} us" for k, s in seconds.items()))
-    contents = {"machine": kernels.load(where).line, "seconds": rows, "curve_size": size, "curve": curve}
-    (folder / "top_k.json").write_text(json.dumps(contents, indent=2), encoding="utf-8")
-    log(f"figures: {folder / 'top_k.json'}")
-    log(plot(folder / "top_k.png", rows, curve, size))
+    log(f"figures: {_write(folder, report)}")
+    log(plot(folder / "top_k.png", report["seconds"], report["curve"], report["curve_size"]))
+
+
+def _write(folder: pathlib.Path, report: Mapping) -> pathlib.Path:
+    path = folder / "top_k.json"
+    path.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    return path
 
 
 def calls(logits: Tensor, k: int) -> dict[str, Callable[[], object]]:
