@@ -557,7 +557,9 @@ class Tile:
 
 
 # By (head_dim, causal). TFLOP/s on an H200 in bf16 at 512 / 1024 / 2048 / 4096 / 16384 tokens, 16384 in all:
-# 279 / 364 / 418 / 440 / 442, 152 / 227 / 299 / 356 / 416, 347 / 430 / 474 / 502 / 516 and 208 / 309 / 400 / 471 / 518.
+# 293 / 371 / 417 / 478 / 489, 154 / 234 / 316 / 387 / 447, 368 / 467 / 527 / 524 / 571 and 213 / 325 / 426 / 497 / 505.
+# A second reducer, at 1024 / 4096 / 16384 tokens, in another run: (128, False) 464 / 583 / 560, one 439 / 558 / 553;
+# (64, True) 226 / 373 / 439, one 228 / 385 / 448; the other two are within 2 %.
 TILES = {
     (64, False): Tile(block_m=128, stages=2, reducers=1, registers=240),
     (64, True): Tile(block_m=128, stages=2, reducers=1, registers=240),
