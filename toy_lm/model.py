@@ -24,6 +24,10 @@ from toy_lm.config import ModelConfig
 
 ATTENTION: dict[str, Callable[..., Any]] = {"fused": kernels.flash_attention, "classic": kernels.classic_attention}
 
+# Up to here training on a GPU looks tokens up by a matrix product: torch adds up the gradient of a look-up by sorting
+# the tokens, in eleven kernels.
+_SMALL_VOCABULARY = 1024
+
 
 class KVCache:
     """The keys and values of every token so far, for a batch of sequences of unequal length.
@@ -270,10 +274,7 @@ class Transformer(nn.Module):
             positions = positions + cache.seqlens[:, None]  # (batch, seqlen)
             cache.grow(seqlen)
         cos, sin = self.model.rotary(positions)
-        branch = self.model.embed_tokens(token_ids)  # (batch, seqlen, model_dim)
-        kind = branch.device.type
-        if torch.is_autocast_enabled(kind):  # what the layers add to is kept in their own dtype: half the traffic
-            branch = branch.to(torch.get_autocast_dtype(kind))
+        branch = self._embedded(token_ids)  # (batch, seqlen, model_dim)
         x = torch.zeros_like(branch)
         noise = self.model.dropout(2 * len(self.model.layers) + 1, *x.shape, device=x.device)
         for number, layer in enumerate(self.model.layers):
@@ -284,6 +285,15 @@ class Transformer(nn.Module):
             else:
                 x, branch = layer(*arguments)
         return self.model.norm(x, branch, None if noise is None else noise[-1])[1]
+
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        """In the dtype of autocast, if it is on: what the layers add to is then half the traffic."""
+        weight, kind = self.model.embed_tokens.weight, token_ids.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        if kind == "cuda" and torch.is_grad_enabled() and len(weight) <= _SMALL_VOCABULARY:
+            one_hot = token_ids[..., None] == torch.arange(len(weight), device=token_ids.device)
+            return one_hot.to(dtype) @ weight
+        return self.model.embed_tokens(token_ids).to(dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., model_dim) -> (..., vocab_size), by the tied embedding."""

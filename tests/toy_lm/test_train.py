@@ -510,6 +510,20 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean(device):
     assert Dropout(0.0).train()(8, device=torch.device(device)) is None
 
 
+@pytest.mark.gpu
+def test_a_small_vocabulary_is_looked_up_by_a_product(monkeypatch):
+    model = Transformer(TINY.model).to("cuda").train()
+    token_ids = torch.randint(300, (4, 16), device="cuda")
+    found = []
+    for largest in (1024, 0):
+        monkeypatch.setattr("toy_lm.model._SMALL_VOCABULARY", largest)
+        embedded = model._embedded(token_ids)
+        (gradient,) = torch.autograd.grad(embedded.sin().sum(), model.model.embed_tokens.weight)
+        found.append((embedded, gradient))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+
+
 def test_the_share_of_noise_among_the_inputs_is_replaced_and_the_targets_are_not(device, monkeypatch):
     config = dataclasses.replace(TINY.train, batch_size=256, token_noise=0.25)
     windows = data.Windows(np.full(4096, 7), config.seqlen, torch.device(device))
