@@ -87,11 +87,11 @@ def project(x: Tensor, *linears: nn.Linear) -> Tensor:
     """What the linear maps make of x (..., model_dim), side by side.
 
     In training as one product with their weights side by side: x is read once, and its gradient is not added up from
-    parts. Without gradients the weights would be copied for a single use, so that each map goes alone.
+    parts. Without gradients of two copies the smaller is made: for few tokens each map goes alone.
     """
-    if not torch.is_grad_enabled():
-        return torch.cat([linear(x) for linear in linears], dim=-1)
-    return F.linear(x, torch.cat([linear.weight for linear in linears]))
+    if torch.is_grad_enabled() or x.numel() > x.shape[-1] ** 2:
+        return F.linear(x, torch.cat([linear.weight for linear in linears]))
+    return torch.cat([linear(x) for linear in linears], dim=-1)
 
 
 class Attention(nn.Module):
