@@ -1,9 +1,9 @@
 """What the GPU kernels of top_k and sample share: keys, weights, exact selection without a sort.
 
 Selection. The k-th largest of a set of 32-bit keys lies between the smallest and the largest of them, and that range is
-quartered until exactly k keys lie above, or one value is left: at most 16 times, half a dozen for ordinary data. Each
-time costs three comparisons per key and two sums over the tile, whatever k is. Ties at the cut are kept from the left,
-by a running count. With weights in place of ones, `key_reaching` finds the cut of top-p, a bit at a time.
+halved until exactly k keys lie above, or one value is left: at most 32 times, a dozen for ordinary data. Each time
+costs one comparison per key and one sum over the tile, whatever k is. Ties at the cut are kept from the left, by a
+running count. With weights in place of ones, `key_reaching` finds the cut of top-p.
 
 Why the CPU does it otherwise. cpu.cpp lets a threshold rise while a row streams by, which is a chain of dependent
 steps. A GPU has to have the whole row in flight: here every key is compared with every trial, all at once.
