@@ -52,7 +52,6 @@ from kernels.top_k.triton_select import (
 )
 from kernels.top_k.triton_top_p import (
     EVERY_TOKEN,
-    add_two,
     cut_in_row,
     find_bracket,
     kept_weight,
@@ -66,11 +65,12 @@ from kernels.top_k.triton_top_p import (
     weigh_groups,
 )
 
-GROUP = 512  # tokens whose weights are added up; at most, as they are bits of 16 for each of 32 threads
-WEIGH_GROUPS, DRAW_WARPS = 4, 4
+WEIGH_WARPS = 8
+GROUP = 512
+DRAW_WARPS = 8
 SAMPLE_PART, MAX_SAMPLE = 8, 16384  # a bracket is found from one token in so many
-LIST_FACTOR, MAX_LIST = 10, 8192  # times the square root of the vocabulary: so many tokens within it can be listed
-PER_SAMPLE_WARP, PER_LIST_WARP, PER_GROUPS_WARP = 1024, 1024, 1024  # elements that a warp holds: few wait for many
+LIST_FACTOR, MAX_LIST = 10, 16384  # times the square root of the vocabulary: so many tokens within it can be listed
+PER_GROUPS_WARP = 1024  # elements that a warp holds of a row's best groups: 67.0 us at 1024 x 32000 where 512 take 70.8
 
 
 @triton.jit
@@ -250,41 +250,53 @@ def _draw_long(
     rate = rate_of(temperature)
     cut = tl.full((), 0, tl.uint32)
     last = tl.full((), EVERY_TOKEN, tl.int32)
-    own = group_sums + row * num_groups
     groups = tl.arange(0, NUM_GROUPS)
-    there = groups < num_groups
+    own = group_sums + row * num_groups
+    sums = tl.load(own + groups, mask=groups < num_groups, other=0)  # [NUM_GROUPS]
     if CUT:
         cut, last = load_bracket(brackets, row)
         last = last.to(tl.int32)
     if TOP_P:
+        listed_key, listed_weight, listed_token = load_list(listed, counts, row, row_max, rate, LIST, GROUP)
+        kept = tl.zeros_like(listed_weight)  # [LIST], beside the sums
         if good & (greedy | (p < 1.0)):
             layer = batch * num_groups
-            everything = tl.load(own + layer + groups, mask=there, other=0)
-            above = tl.load(own + (2 * layer if MIN_P else 0) + groups, mask=there, other=0)
-            everything, above = tl.reduce((everything, above), 0, add_two)
+            everything = tl.sum(tl.load(own + layer + groups, mask=groups < num_groups, other=0))
+            layer = 2 * layer if MIN_P else 0
+            above = tl.sum(tl.load(own + layer + groups, mask=groups < num_groups, other=0))
             target = tl.maximum(share(everything, tl.where(greedy, 0.0, p)), 1)
             low, high = load_bracket(brackets, row)
             high = tl.minimum(high, max_key)
-            key, weight, listed_token = load_list(listed, counts, row, row_max, rate, LIST, GROUP)  # [LIST]
-            within = tl.sum(weight)
+            within = tl.sum(listed_weight)
             if (tl.load(counts + row) <= LIST) & (above < target) & (above + within >= target):
-                cut, last = search_list(key, weight, listed_token, target - above, low, high, within)
-                kept = ((key > cut) | ((key == cut) & (listed_token <= last))) & (weight >= least_weight)
-                tl.atomic_add(own + listed_token // GROUP, weight, mask=kept & (weight > 0), sem="relaxed")
+                cut, last = search_list(listed_key, listed_weight, listed_token, target - above, low, high, within)
+                kept = tl.where((listed_key > cut) | ((listed_key == cut) & (listed_token <= last)), listed_weight, 0)
+                kept = tl.where(kept >= least_weight, kept, 0)
             else:
                 cut, last = cut_in_row(
                     logits, own, vocab_size, num_groups, max_key, row_max, rate, target, high, everything, above,
                     least_weight, GROUP,
                 )  # fmt: skip
-            tl.debug_barrier()  # the sums are read by other threads than have changed them
+                sums = tl.load(own + groups, mask=groups < num_groups, other=0)
+    else:
+        kept = tl.full((1,), 0, tl.int64)
+        listed_token = tl.full((1,), 0, tl.int32)
 
-    # The group in whose share of the running total, in order, the random number falls.
-    sums = tl.load(own + groups, mask=there, other=0, cache_modifier=".cg")  # [NUM_GROUPS]
-    total = tl.sum(sums)
+    # The last group before which there is no more weight than what was drawn.
+    total = tl.sum(sums) + tl.sum(kept)
     left = random_below(total, seed, step)
-    passed = (tl.cumsum(sums, 0) <= left) & there
-    group = tl.minimum(tl.sum(passed.to(tl.int32)), num_groups - 1)
-    left -= tl.sum(tl.where(groups < group, sums, 0))
+    group, before = tl.full((), 0, tl.int32), tl.full((), 0, tl.int64)
+    stride = tl.full((), NUM_GROUPS // 2, tl.int32)
+    while stride > 0:
+        trial = group + stride
+        weight_before = tl.sum(tl.where(groups < trial, sums, 0)) + tl.sum(
+            tl.where(listed_token < trial * GROUP, kept, 0)
+        )
+        group = tl.where(weight_before <= left, trial, group)
+        before = tl.where(weight_before <= left, weight_before, before)
+        stride = stride // 2
+    group = tl.minimum(group, num_groups - 1)
+    left -= before
 
     tokens, x, key = load_block(logits, group * GROUP, vocab_size, GROUP)
     weight = kept_weight(tokens, x, key, row_max, rate, cut, last)
@@ -432,12 +444,11 @@ def _group_by_group(job: _Job) -> None:
     if cut_by_mass:
         arguments = (logits, group_keys, masses, brackets, counts, vocab_size, logits.stride(0), num_chunks)
         arguments += (temperature, top_p, temperature_stride, top_p_stride)
-        launch(find_bracket, batch, arguments, {**common, "SAMPLE": sample}, blocks(sample, PER_SAMPLE_WARP))
+        launch(find_bracket, batch, arguments, {**common, "SAMPLE": sample}, max(1, sample // 1024))
     arguments = (logits, group_keys, brackets, counts, listed, group_sums, batch, vocab_size, logits.stride(0))
     arguments += (num_chunks, num_groups, temperature, min_p, temperature_stride, min_p_stride)
-    constants = {**common, **filters, "GROUPS": WEIGH_GROUPS, "GROUP": GROUP}
-    launch(weigh_groups, batch * blocks(num_groups, WEIGH_GROUPS), arguments, constants, 1)
+    constants = {**common, **filters, "GROUPS": WEIGH_WARPS, "GROUP": GROUP}
+    launch(weigh_groups, batch * blocks(num_groups, WEIGH_WARPS), arguments, constants, WEIGH_WARPS)
     scratch = (group_keys, partials, brackets, counts, listed, group_sums, num_chunks, num_groups)
     constants = {**common, **filters, "LOGPROBS": job.logprobs, "NUM_GROUPS": power_of_2(num_groups), "GROUP": GROUP}
-    warps = max(DRAW_WARPS, blocks(list_length, PER_LIST_WARP)) if cut_by_mass else DRAW_WARPS
-    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, warps)
+    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, DRAW_WARPS)

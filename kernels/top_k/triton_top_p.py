@@ -20,7 +20,6 @@ import triton.language as tl
 from kernels.top_k.triton_select import (
     FINITE_KEYS_FROM,
     INFINITY_KEY,
-    WEIGHT_ONE,
     integer_weight,
     ordered_key,
     parameter,
@@ -66,9 +65,9 @@ def kept_weight(tokens, x, key, row_max, rate, cut, last):
 
 @triton.jit
 def _next_trial(low, high, reached, above, target, step):
-    """A key in (low, high] to try next: where it should be if keys had equal shares; each fourth time halfway."""
+    """A key in (low, high] to try next: in turn halfway, and where it should be if keys had equal shares."""
     part = (reached - target).to(tl.float32) / tl.maximum(reached - above, 1).to(tl.float32)
-    part = tl.where(step % 4 == 3, 0.5, tl.minimum(tl.maximum(part, 0.0), 1.0))
+    part = tl.where(step % 2 == 0, tl.minimum(tl.maximum(part, 0.0), 1.0), 0.5)
     width = high - low
     return low + tl.minimum((width.to(tl.float32) * part).to(tl.uint32), width - 1) + 1
 
@@ -137,47 +136,44 @@ def rank_cut(logits, vocab_size, k, max_key, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_two(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
-def _min_max(min0, max0, min1, max1):
-    return tl.minimum(min0, min1), tl.maximum(max0, max1)
+def _at(bins, bin, values):
+    return tl.sum(tl.where(bins == bin, values, 0.0))
 
 
 @triton.jit
 def _narrow(
-    y, low, high, mass_below, square_below, mass, squares, wanted_below, wanted_above, unseen_part, SAMPLE: tl.constexpr
+    y, low, high, mass_below, square_below, mass_above, square_above, wanted_below, wanted_above, unseen_part,
+    SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """A bracket of the cut within (low, high): two edges of the bins of a histogram. y [SAMPLE] <= 0; mass_below and
-    square_below are the sums of w and w^2 of the sampled tokens below low, mass and squares those of all, or None."""
+    """A bracket of the cut within (low, high): two edges of the bins of a histogram. y [SAMPLE] <= 0; mass_ and square_
+    are the sums of w and w^2 of the sampled tokens outside of (low, high)."""
     width = tl.maximum((high - low) / (BINS - 2), 1e-6) * 1.0001  # the first and the last bin hold what lies outside
     bins = tl.arange(0, BINS)
     edge = low + (bins - 1) * width  # [BINS]
     inside = (bins > 0) & (bins < BINS - 1)
     weight = tl.where(inside, tl.exp2(tl.minimum(edge + 0.5 * width, 0.0)), 0.0)
     bin = tl.minimum(tl.maximum((y - low) * (1.0 / width) + 1.0, 0.0), BINS - 1.0).to(tl.int32)  # [SAMPLE]
-    own = tl.histogram(bin, BINS).to(tl.float32) * weight
-    below, below_square = tl.associative_scan((own, own * weight), 0, add_two)
-    if mass is None:
-        mass, squares = tl.reduce((own, own * weight), 0, add_two)
-    below, below_square = mass_below + below - own, square_below + below_square - own * weight
-    above, above_square = mass - below, squares - below_square
+    mass = tl.histogram(bin, BINS).to(tl.float32) * weight
+    square = mass * weight
+    below, below_square = mass_below + tl.cumsum(mass, 0) - mass, square_below + tl.cumsum(square, 0) - square
+    above = mass_below + tl.sum(mass) + mass_above - below
+    above_square = square_below + tl.sum(square) + square_above - below_square
     off_below = DEVIATIONS * tl.sqrt(tl.maximum(below_square - below * below / SAMPLE, 0.0) * unseen_part)
     off_above = DEVIATIONS * tl.sqrt(tl.maximum(above_square - above * above / SAMPLE, 0.0) * unseen_part)
     cut_is_above = (below + off_below + UNSEEN * weight <= wanted_below) | (above - off_above > wanted_above)
     cut_is_below = (below - off_below > wanted_below) | (above + off_above + UNSEEN <= wanted_above)
-    highest, lowest = tl.reduce(
-        (tl.where(cut_is_below & inside, bins, BINS - 1), tl.where(cut_is_above & inside, bins, 1)), 0, _min_max
-    )
+    lowest = tl.max(tl.where(cut_is_above & inside, bins, 1))
+    highest = tl.min(tl.where(cut_is_below & inside, bins, BINS - 1))
     highest = tl.maximum(highest, lowest)
-    at_low = bins == lowest
-    mass_below, square_below = tl.reduce(
-        (tl.where(at_low, below, 0.0), tl.where(at_low, below_square, 0.0)), 0, add_two
+    return (
+        low + (lowest - 1) * width,
+        tl.where(highest == BINS - 1, high, low + (highest - 1) * width),
+        _at(bins, lowest, below),
+        _at(bins, lowest, below_square),
+        _at(bins, highest, above),
+        _at(bins, highest, above_square),
+        width,
     )
-    high = tl.where(highest == BINS - 1, high, low + (highest - 1) * width)
-    return low + (lowest - 1) * width, high, mass_below, square_below, mass, squares, width
 
 
 @triton.jit
@@ -214,14 +210,14 @@ def find_bracket(
 
     # y is the logarithm to base 2 of a token's weight over the likeliest one's; a NaN, of a row without answer, is -64.
     y = tl.maximum(tl.minimum(x - row_max, 0.0) * rate, -64.0)  # [SAMPLE]
-    least, most = tl.reduce((y, y), 0, _min_max)
-    unseen_part = 1.0 - SAMPLE / vocab_size.to(tl.float32)
-    low, high, mass_below, square_below, mass, squares, _ = _narrow(
-        y, least, most, 0.0, 0.0, None, None, wanted_below, wanted_above, unseen_part, SAMPLE
-    )
-    low, high, _, _, _, _, width = _narrow(
-        y, low, high, mass_below, square_below, mass, squares, wanted_below, wanted_above, unseen_part, SAMPLE
-    )
+    least, most = tl.min(y), tl.max(y)
+    low, high, unseen_part = least, most, 1.0 - SAMPLE / vocab_size.to(tl.float32)
+    mass_below, square_below, mass_above, square_above, width = 0.0, 0.0, 0.0, 0.0, 0.0
+    for _ in tl.static_range(2):
+        low, high, mass_below, square_below, mass_above, square_above, width = _narrow(
+            y, low, high, mass_below, square_below, mass_above, square_above, wanted_below, wanted_above, unseen_part,
+            SAMPLE,
+        )  # fmt: skip
     low = tl.where(low == least, float("-inf"), row_max + (low - 0.5 * width) / rate)
     high = tl.where(high == most, row_max, row_max + tl.minimum(high + 0.5 * width, 0.0) / rate)
     high = tl.where(p < 1.0, high, float("-inf"))
@@ -253,72 +249,52 @@ def weigh_groups(
     alone, then of all, and of those above the bracket with those that min-p drops. Tokens within the bracket go to
     listed (batch, LIST + GROUP), logit above token, in any order, and are counted in counts (batch,).
 
-    A group is in one warp's registers, 32 neighbours a load, so that little here waits for another warp. Which of a
-    thread's tokens are within the bracket is kept as bits: a few in a hundred are, and only they are read again.
+    A group is in one warp's registers, 32 neighbours a load, so that nothing here waits for another warp. (Loads of
+    four neighbours a thread would have to be turned round through shared memory for the list.)
     """
     steps = tl.cdiv(num_groups, GROUPS)
     row = (tl.program_id(0) // steps).to(tl.int64)
-    first_group = tl.program_id(0) % steps * GROUPS
-    logits += row * row_stride
+    groups = tl.program_id(0) % steps * GROUPS + tl.arange(0, GROUPS)  # [GROUPS]
     rate = rate_of(parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32))
     _, _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
-    runs = tl.arange(0, GROUP // 32)[:, None]
-    lanes = tl.arange(0, 32)
-    if CUT | TOP_P:
+    places = (tl.arange(0, GROUP // 32) * 32)[None, :, None] + tl.arange(0, 32)[None, None, :]
+    tokens = groups[:, None, None] * GROUP + places  # [GROUPS, GROUP / 32, 32]
+    x = tl.load(logits + row * row_stride + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    weight = integer_weight(x - row_max, rate)
+    place = row * num_groups + groups
+    there = groups < num_groups
+    kept = weight
+    if CUT:
+        cut, last = load_bracket(brackets, row)
+        key = ordered_key(x)
+        kept = tl.where((key > cut) | ((key == cut) & (tokens <= last.to(tl.int32))), weight, 0)
+    if TOP_P:
         low, high = load_bracket(brackets, row)
-    if MIN_P:
-        least_weight = (parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32) * WEIGHT_ONE).to(tl.int64)
-    for group in range(first_group, tl.minimum(first_group + GROUPS, num_groups)):
-        tokens = group * GROUP + runs * 32 + lanes[None, :]  # [GROUP / 32, 32]
-        if (group + 1) * GROUP <= vocab_size:
-            x = tl.load(logits + tokens).to(tl.float32)
-        else:
-            x = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
-        weight = integer_weight(x - row_max, rate)
-        place = group_sums + row * num_groups + group
-        kept = weight
-        if CUT:
-            key = ordered_key(x)
-            kept = tl.where((key > low) | ((key == low) & (tokens <= high.to(tl.int32))), weight, 0)
-        if TOP_P:
-            above = x > value_of_key(high)
-            kept = tl.where(above, weight, 0)
-            if MIN_P:
-                tl.store(place + 2 * batch * num_groups, _sum(kept))
-            tl.store(place + batch * num_groups, _sum(weight))
-            inside = (x >= value_of_key(low)) & (above == 0)
-            bits = tl.sum(tl.where(inside, tl.full((), 1, tl.int32) << runs, 0), axis=0)  # [32]
-            number = _count_bits(bits)
-            first = tl.atomic_add(counts + row, tl.sum(number), sem="relaxed")
-            first = tl.minimum(first, LIST)  # behind the list there is room for what no longer fits
-            slot = listed + row * (LIST + GROUP) + first + tl.cumsum(number, 0) - number
-            while tl.max((bits != 0).to(tl.int32)) > 0:
-                lowest = (bits & -bits).to(tl.uint32, bitcast=True).to(tl.float32)  # its exponent is the bit's number
-                token = group * GROUP + ((lowest.to(tl.int32, bitcast=True) >> 23) - 127) * 32 + lanes
-                again = tl.load(logits + token, mask=bits != 0, other=0.0).to(tl.float32)
-                entry = (again.to(tl.int32, bitcast=True).to(tl.int64) << 32) | token.to(tl.int64)
-                tl.store(slot, entry, mask=bits != 0)
-                slot += 1
-                bits &= bits - 1
+        low, high = value_of_key(low), value_of_key(high)
+        above = x > high
+        kept = tl.where(above, weight, 0)
         if MIN_P:
-            kept = tl.where(kept >= least_weight, kept, 0)
-        tl.store(place, _sum(kept))
+            tl.store(group_sums + 2 * batch * num_groups + place, _sums(kept), mask=there)
+        tl.store(group_sums + batch * num_groups + place, _sums(weight), mask=there)
+        inside = (x >= low) & (above == 0)
+        within = inside.to(tl.int32)
+        across = tl.sum(within, axis=1)  # [GROUPS, 32]
+        number = tl.sum(across, axis=1)  # [GROUPS]
+        first = tl.atomic_add(counts + row + groups * 0, number, mask=number > 0, sem="relaxed")
+        first = tl.minimum(first, LIST)  # behind the list there is room for what no longer fits
+        slot = (first[:, None] + tl.cumsum(across, axis=1) - across)[:, None, :] + tl.cumsum(within, axis=1) - 1
+        slot = tl.max_contiguous(slot, [1, 1, 2])  # untrue, but the layout of the store follows from it
+        entry = (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tokens.to(tl.uint32).to(tl.int64)
+        tl.store(listed + row * (LIST + GROUP) + slot, entry, mask=inside)
+    if MIN_P:
+        least_weight = (parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32) * 1099511627776.0).to(tl.int64)
+        kept = tl.where(kept >= least_weight, kept, 0)
+    tl.store(group_sums + place, _sums(kept), mask=there)
 
 
 @triton.jit
-def _count_bits(bits):
-    """How many of 32 bits are set."""
-    bits = bits.to(tl.uint32, bitcast=True)
-    bits = bits - ((bits >> 1) & 0x55555555)
-    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
-    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-    bits = bits + (bits >> 8)
-    return ((bits + (bits >> 16)) & 0x3F).to(tl.int32)
-
-
-@triton.jit
-def _sum(x):
-    return tl.sum(tl.sum(x, axis=0))
+def _sums(x):
+    return tl.sum(tl.sum(x, axis=1), axis=1)
 
 
 # ---- the cut, from the list ----
@@ -327,11 +303,6 @@ def _sum(x):
 @triton.jit
 def _sum_max_min(sum0, max0, min0, sum1, max1, min1):
     return sum0 + sum1, tl.maximum(max0, max1), tl.minimum(min0, min1)
-
-
-@triton.jit
-def _max_sum(max0, sum0, max1, sum1):
-    return tl.maximum(max0, max1), sum0 + sum1
 
 
 @triton.jit
@@ -351,10 +322,10 @@ def search_list(key, weight, tokens, target, low, high, reached):
             high, above = below, found
         step += 1
     tie = key == low
-    each, ties = tl.reduce((tl.where(tie, weight, 1), tie.to(tl.int32)), 0, _max_sum)
+    each = tl.max(tl.where(tie, weight, 1))
     wanted = ((target - above + each - 1) // each).to(tl.int32)
     last = tl.full((), EVERY_TOKEN, tl.int32)
-    if ties > wanted:
+    if tl.sum(tie.to(tl.int32)) > wanted:
         last = last * 0  # the smallest token up to which there are as many ties as wanted
         for bit in range(20):
             trial_token = last + (tl.full((), 1 << 19, tl.int32) >> bit)
@@ -394,7 +365,8 @@ def cut_in_row(
     low, zero = tl.full((), 1, tl.uint32), tl.full((), 0, tl.uint32)
     every = tl.full((), EVERY_TOKEN, tl.int32)
     cut, last = search_row(
-        logits, vocab_size, row_max, rate, zero, every, target, low, high, everything, above, True, GROUP
+        logits, vocab_size, row_max, rate, zero, every, target, low, high, everything, above, True, 4 * GROUP
     )
     _sum_groups(logits, own, vocab_size, num_groups, row_max, rate, cut, last, least_weight, GROUP)
+    tl.debug_barrier()  # the sums are read again, by other threads
     return cut, last
