@@ -179,7 +179,7 @@ def norm_rotary_backward_kernel(dq, dk, dv, qkv, q_norm, k_norm, cos, sin, dqkv,
 @triton.jit
 def swiglu_forward_kernel(gate_up, out, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < rows * WIDTH
+    mask = i // WIDTH < rows
     gate, up = _load_halves(gate_up, (i // WIDTH) * (2 * WIDTH) + i % WIDTH, mask, WIDTH)
     gate = gate.to(tl.float32)
     tl.store(out + i, (gate * tl.sigmoid(gate) * up.to(tl.float32)).to(out.dtype.element_ty), mask=mask)
@@ -188,7 +188,7 @@ def swiglu_forward_kernel(gate_up, out, rows, WIDTH: tl.constexpr, BLOCK: tl.con
 @triton.jit
 def swiglu_backward_kernel(dout, gate_up, dgate_up, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < rows * WIDTH
+    mask = i // WIDTH < rows
     at = (i // WIDTH) * (2 * WIDTH) + i % WIDTH
     gate, up = _load_halves(gate_up, at, mask, WIDTH)
     g = tl.load(dout + i, mask=mask, other=0.0).to(tl.float32)
