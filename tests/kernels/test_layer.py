@@ -79,7 +79,7 @@ def within(ours, exact, plain, dtype) -> bool:
     def error(x, truth):
         return (x.double() - truth).norm() / truth.norm().clamp(min=1e-30)
 
-    bounds = [2 * error(x, truth) + torch.finfo(dtype).eps for x, truth in zip(plain, exact, strict=True)]
+    bounds = [2 * error(x, truth) + torch.finfo(dtype).eps / 2 for x, truth in zip(plain, exact, strict=True)]
     return all(error(x, truth) <= bound for x, truth, bound in zip(ours, exact, bounds, strict=True))
 
 
