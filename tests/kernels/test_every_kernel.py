@@ -4,8 +4,8 @@
     compute-sanitizer --tool memcheck python -m tests.kernels.test_every_kernel
     compute-sanitizer --tool racecheck python -m tests.kernels.test_every_kernel
 
-memcheck finds nothing. racecheck finds nothing but what `gl.warp_specialize` itself does: the byte by which it tells
-its warps what to run, which the first warpgroup writes and the others read, a barrier between.
+racecheck names what `gl.warp_specialize` itself does: the byte by which it tells its warps what to run, which the first
+warpgroup writes and the others read, a barrier between.
 """
 
 import torch
