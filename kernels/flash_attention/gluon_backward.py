@@ -19,7 +19,9 @@ order, so they add in a fixed one: a counter for each block of queries says whos
 it; meanwhile the consumers go on, and a second reducer with the next block. The order is that in which the programs
 come to a block if all are equally fast:
 
-    causal   the last keys first. Each begins at the queries of its own diagonal, so that they follow one another.
+    causal   the last keys first, each beginning at the queries of its own diagonal and going up, or the first keys
+             first, each beginning at the last queries and going down: by turns, for as many heads as fill the GPU.
+             So a short program is followed by a long one and a long one by a short one, and all end together.
     full     the programs of a long sequence spread over its queries and go round: each begins where its share of them
              does, and the one that begins at a block, or last before it, is the first to add there. Those of a short
              one all begin at the first queries, the last keys first, as do those that do not fit on the GPU together.
@@ -29,10 +31,16 @@ before it, or of its own head, for which there is room on the GPU. So all end.
 
 What a consumer computes in one pass over a block i of queries, and which products run meanwhile:
 
-    hand dQ_{i-1} over          S_i
-    P = exp(S_i - lse)          dP
-    dS = P (dP - delta)         dV
-                                dK, then dQ_i at the beginning of the next pass
+    head_dim 64                          head_dim 128
+                                         hand dQ_{i-1} over     S_i
+    P = exp(S_i - lse)     S_i, dP       P = exp(S_i - lse)     dP
+    dS = P (dP - delta)    dP, dV        dS = P (dP - delta)    dP, dV
+    hand dQ_i over         dQ_i, dK                             dK, then dQ_i at the beginning of the next pass
+
+For dQ_i each needs the dS of the other: at head_dim 64 it waits for it, so that both are at the same block; at 128 it
+leaves dQ_i to the next pass, by when the other has stored its dS. TFLOP/s one way and the other, of full attention at
+4096 and 16384 tokens: 473, 493 and 475, 481 at head_dim 64 (causal 424, 481 and 385, 454); 543, 548 and 557, 558 at
+head_dim 128.
 
     paper          here                          shape
     K_j, V_j       k, v                          [64, HEAD_DIM]         shared memory, a half for each consumer
@@ -98,20 +106,26 @@ def wait_until_added(one):
 
 
 @gluon.jit
-def tile_coordinates(walk):
-    """Which keys this program owns: (n_block, kv_head, batch).
+def tile_coordinates(walk, CAUSAL: gl.constexpr):
+    """Which keys this program owns, and whether it goes from the last queries down: (n_block, kv_head, batch, down).
 
     A pair is one head of one sequence. `heads_per_group` pairs are worked at side by side, the last keys of each first:
     the more there are, the fewer programs wait for one another's dQ, and the more of Q, dO and dQ is in use at once.
+    With a causal mask every other group goes down, the first keys first.
     """
     num_n_blocks, _num_m_blocks, num_pairs, num_kv_heads, _heads, heads_per_group, _seqlen_q, _seqlen_k, _r = walk
     group_programs = heads_per_group * num_n_blocks
-    first_pair = gl.program_id(0) // group_programs * heads_per_group
+    group = gl.program_id(0) // group_programs
+    first_pair = group * heads_per_group
     pairs_here = gl.minimum(heads_per_group, num_pairs - first_pair)
     place = gl.program_id(0) % group_programs
-    n_block = num_n_blocks - 1 - place // pairs_here
+    n_block = place // pairs_here
+    down = False
+    if CAUSAL:
+        down = group % 2 == 1
+    n_block = gl.where(down, n_block, num_n_blocks - 1 - n_block)
     pair = first_pair + place % pairs_here
-    return n_block, pair % num_kv_heads, pair // num_kv_heads
+    return n_block, pair % num_kv_heads, pair // num_kv_heads, down
 
 
 @gluon.jit
@@ -129,10 +143,10 @@ def first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M: gl.conste
 
 
 @gluon.jit
-def m_block_of(step, n_block, walk):
-    """The block of queries that is met in a step, counted from 0 or, if causal, from `first_m_blocks`."""
+def m_block_of(step, m_some, n_block, down, walk):
+    """The block of queries that is met in a step; steps count from `m_some`, the first block that sees the keys."""
     num_n_blocks, num_m_blocks, _pairs, _num_kv_heads, _heads, _group, _seqlen_q, _seqlen_k, ROUND = walk
-    m_block = step
+    m_block = gl.where(down, m_some + num_m_blocks - 1 - step, step)
     if ROUND:
         m_block += n_block * num_m_blocks // num_n_blocks
         m_block = gl.where(m_block < num_m_blocks, m_block, m_block - num_m_blocks)
@@ -198,24 +212,26 @@ def differentiate_block(
     S_LAYOUT: gl.constexpr,
     DQ_LAYOUT: gl.constexpr,
 ):
-    """One pass of the main loop. dQ_i is left to the next pass: by then the other consumer has stored its dS."""
+    """One pass of the main loop."""
     q_ring, dout_ring, row_ring, dq_ring = rings
     k_halves, v_halves, ds_tiles, ds_full = tiles
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
     HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
+    DQ_LATER: gl.constexpr = HEAD_DIM == 128
     DTYPE: gl.constexpr = k_halves.dtype
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, k_width=2)
     COLUMN_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S_LAYOUT)
 
-    # dQ_{i-1}, once both consumers have stored their dS; in the first pass a product of nothing, thrown away.
-    mbarrier.wait(ds_full, (i - 1) & 1, pred=i > 0)
-    dq = multiply_dq(ds_tiles, k_halves, i - 1, consumer_id, DQ_LAYOUT)
+    if DQ_LATER:  # in the first pass a product of nothing, thrown away
+        mbarrier.wait(ds_full, (i - 1) & 1, pred=i > 0)
+        dq = multiply_dq(ds_tiles, k_halves, i - 1, consumer_id, DQ_LAYOUT)
     q = q_ring.wait(i)
     s = warpgroup_mma(k_halves.index(consumer_id), q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    dq = warpgroup_mma_wait(1, deps=[dq])
-    if i > 0:
-        hand_over_dq(dq_ring, dq, i - 1, consumer_id)
+    if DQ_LATER:
+        dq = warpgroup_mma_wait(1, deps=[dq])
+        if i > 0:
+            hand_over_dq(dq_ring, dq, i - 1, consumer_id)
 
     dout = dout_ring.wait(i)
     dp = warpgroup_mma(v_halves.index(consumer_id), dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -227,11 +243,8 @@ def differentiate_block(
         p = mask_probabilities(p, n_start, m_start, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
     p_operand = gl.convert_layout(p.to(DTYPE), A_LAYOUT)
     dv = warpgroup_mma(p_operand, dout, dv, is_async=True)
-    if HEAD_DIM == 128:
-        dp = warpgroup_mma_wait(1, deps=[dp])
-    else:  # with BLOCK_M = 128 the registers of P are needed before dS
-        dp, dv, p_operand = warpgroup_mma_wait(0, deps=[dp, dv, p_operand])
 
+    dp = warpgroup_mma_wait(1, deps=[dp])
     delta = rows.slice(BLOCK_M, BLOCK_M).load(COLUMN_LAYOUT)
     ds = (p * (dp - delta[None, :])).to(DTYPE)
     ds_tiles.index((i & 1) * 2 + consumer_id).store(ds)
@@ -239,10 +252,15 @@ def differentiate_block(
     mbarrier.arrive(ds_full, count=1)
     row_ring.release(i)
     ds_operand = gl.convert_layout(ds, A_LAYOUT)
+    if not DQ_LATER:
+        mbarrier.wait(ds_full, i & 1)
+        dq = multiply_dq(ds_tiles, k_halves, i, consumer_id, DQ_LAYOUT)
     dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
-    if HEAD_DIM == 128:
-        dv, p_operand = warpgroup_mma_wait(1, deps=[dv, p_operand])
+    dv, p_operand = warpgroup_mma_wait(1 if DQ_LATER else 2, deps=[dv, p_operand])
     dout_ring.release(i)
+    if not DQ_LATER:
+        dq = warpgroup_mma_wait(1, deps=[dq])
+        hand_over_dq(dq_ring, dq, i, consumer_id)
     dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
     q_ring.release(i)
     return dk, dv
@@ -266,7 +284,7 @@ def consume(work, rings, tiles, kv_full, all_read, walk, consumer_id: gl.constex
     )
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
 
-    n_block, kv_head, batch = tile_coordinates(walk)
+    n_block, kv_head, batch, down = tile_coordinates(walk, CAUSAL)
     m_some, m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
     n_start = n_block * BLOCK_N + consumer_id * ROWS
     scale_log2 = softmax_scale * LOG2_E
@@ -276,17 +294,18 @@ def consume(work, rings, tiles, kv_full, all_read, walk, consumer_id: gl.constex
     i = 0  # blocks of queries met so far, over all heads of the group
     for _ in range(heads_per_kv_head):
         for step in range(m_some, num_m_blocks):
-            m_block = m_block_of(step, n_block, walk)
+            m_block = m_block_of(step, m_some, n_block, down, walk)
             dk, dv = differentiate_block(
                 dk, dv, rings, tiles, i, n_start, m_block * BLOCK_M, scale_log2, seqlen_q, seqlen_k,
                 m_block < m_full, consumer_id, CAUSAL, S_LAYOUT, DQ_LAYOUT,
             )  # fmt: skip
             i += 1
-    if i > 0:
-        mbarrier.wait(ds_full, (i - 1) & 1)
-        dq = multiply_dq(ds_tiles, k_halves, i - 1, consumer_id, DQ_LAYOUT)
-        dq = warpgroup_mma_wait(0, deps=[dq])
-        hand_over_dq(dq_ring, dq, i - 1, consumer_id)
+    if HEAD_DIM == 128:  # noqa: SIM102  decided by the compiler, the inner one by the keys
+        if i > 0:
+            mbarrier.wait(ds_full, (i - 1) & 1)
+            dq = multiply_dq(ds_tiles, k_halves, i - 1, consumer_id, DQ_LAYOUT)
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            hand_over_dq(dq_ring, dq, i - 1, consumer_id)
 
     # K and V are used up, K once both consumers have multiplied by it; their buffers carry the results to TMA.
     mbarrier.arrive(all_read, count=1)
@@ -310,7 +329,7 @@ def produce(loads, rings, tiles, kv_full, walk, CAUSAL: gl.constexpr):
     k_halves, v_halves, _ds_tiles, _ds_full = tiles
     _num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, _r = walk
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
-    n_block, kv_head, batch = tile_coordinates(walk)
+    n_block, kv_head, batch, down = tile_coordinates(walk, CAUSAL)
     m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
     mbarrier.expect(kv_full, 4 * k_desc.block_type.nbytes)
     for half in gl.static_range(2):
@@ -322,7 +341,7 @@ def produce(loads, rings, tiles, kv_full, walk, CAUSAL: gl.constexpr):
         head = kv_head * heads_per_kv_head + group_head
         first_row_block = (batch * num_kv_heads * heads_per_kv_head + head) * num_m_blocks
         for step in range(m_some, num_m_blocks):
-            m_block = m_block_of(step, n_block, walk)
+            m_block = m_block_of(step, m_some, n_block, down, walk)
             q_ring.fill(i, q_desc, [batch, head, m_block * BLOCK_M, 0])
             row_ring.fill(i, row_desc, [(first_row_block + m_block) * 2 * BLOCK_M])
             dout_ring.fill(i, dout_desc, [batch, head, m_block * BLOCK_M, 0])
@@ -337,14 +356,14 @@ def reduce_dq(dq_desc, turn_ptr, rings, walk, which: gl.constexpr, REDUCERS: gl.
     num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, ROUND = walk
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
     HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
-    n_block, kv_head, batch = tile_coordinates(walk)
+    n_block, kv_head, batch, down = tile_coordinates(walk, CAUSAL)
     m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
     i = 0
     for group_head in range(heads_per_kv_head):
         pair = (batch * num_kv_heads + kv_head) * heads_per_kv_head + group_head
         for step in range(m_some, num_m_blocks):
             if i % REDUCERS == which:
-                m_block = m_block_of(step, n_block, walk)
+                m_block = m_block_of(step, m_some, n_block, down, walk)
                 first = num_n_blocks - 1  # the program that adds first
                 if CAUSAL:
                     last_key = (m_block + 1) * BLOCK_M - 1 + seqlen_k - seqlen_q
@@ -352,6 +371,7 @@ def reduce_dq(dq_desc, turn_ptr, rings, walk, which: gl.constexpr, REDUCERS: gl.
                 if ROUND:
                     first = ((m_block + 1) * num_n_blocks - 1) // num_m_blocks
                 place = gl.where(first >= n_block, first - n_block, first - n_block + num_n_blocks)
+                place = gl.where(down, n_block, place)
                 turn = turn_ptr + pair * num_m_blocks + m_block
                 while gl.atomic_add(turn, 0, sem="acquire", scope="gpu") < place:
                     pass
@@ -556,23 +576,23 @@ class Tile:
     registers: int
 
 
-# By (head_dim, causal). TFLOP/s on an H200 in bf16 at 512 / 1024 / 2048 / 4096 / 16384 tokens, 16384 in all:
-# 293 / 371 / 417 / 478 / 489, 154 / 234 / 316 / 387 / 447, 368 / 467 / 527 / 524 / 571 and 213 / 325 / 426 / 497 / 505.
-# A second reducer, at 1024 / 4096 / 16384 tokens, in another run: (128, False) 464 / 583 / 560, one 439 / 558 / 553;
-# (64, True) 226 / 373 / 439, one 228 / 385 / 448; the other two are within 2 %.
+# By (head_dim, causal). TFLOP/s on an H200 in bf16 at 512 / 1024 / 2048 / 4096 / 8192 / 16384 tokens, 16384 in all:
+# 308 / 392 / 450 / 484 / 478 / 484, 164 / 255 / 347 / 425 / 458 / 475, 369 / 465 / 540 / 582 / 565 / 568 and
+# 212 / 329 / 431 / 507 / 550 / 564. With the other number of reducers, (64, True): 164 / 255 / 349 / 428 / 461 / 482,
+# (128, True) 205 / 328 / 438 / 503 / 560 / 549; of (128, False), 1024 / 4096 / 16384 tokens, in another run: two
+# 464 / 583 / 560, one 439 / 558 / 553.
 TILES = {
     (64, False): Tile(block_m=128, stages=2, reducers=1, registers=240),
     (64, True): Tile(block_m=128, stages=2, reducers=1, registers=240),
     (128, False): Tile(block_m=64, stages=2, reducers=2, registers=240),
-    (128, True): Tile(block_m=64, stages=2, reducers=1, registers=240),
+    (128, True): Tile(block_m=64, stages=2, reducers=2, registers=240),
 }
 
 
-# Elements of Q that all programs walk over at a time: with more of them programs wait less for one another, with fewer
-# Q, dO and dQ stay in the L2 cache. At head_dim 128, full, 512 / 1024 / 2048 / 4096 tokens the best number of heads is
-# 16 / 8 / 4 / 2: 347 / 430 / 474 / 502 TFLOP/s, where one at a time gives 323 / 387 / 435 / 462. With a causal mask,
-# where programs start on different queries, it gains at 512 tokens alone: 209, not 193.
-MAX_IN_USE = {False: 1 << 20, True: 1 << 19}
+# Elements of Q that all programs walk over at a time, if not causal: with more of them programs wait less for one
+# another, with fewer Q, dO and dQ stay in the L2 cache. At head_dim 128, 512 / 1024 / 2048 / 4096 tokens the best
+# number of heads is 16 / 8 / 4 / 2: 347 / 430 / 474 / 502 TFLOP/s, where one at a time gives 323 / 387 / 435 / 462.
+MAX_IN_USE = 1 << 20
 # Blocks of queries from which on programs go round. TFLOP/s at 512 to 16384 tokens, all going round: head_dim 128 330 /
 # 424 / 491 / 532 / 525 / 531, head_dim 64 273 / 350 / 404 / 441 / 443 / 450. Beginning together, in another run: 346 /
 # 416 / 482 / 475 / 491 / 512 and 283 / 363 / 417 / 440 / 429 / 440.
@@ -637,8 +657,9 @@ def launch(
     dq_sum = torch.empty(num_pairs, num_m_blocks * tile.block_m, head_dim, dtype=torch.float32, device=q.device)
     turn = torch.empty(num_pairs, num_m_blocks, dtype=torch.int32, device=q.device)
     queries = seqlen_q * head_dim * (num_heads // num_kv_heads)  # elements of Q that one program walks over
-    heads_per_group = min(batch_size * num_kv_heads, max(1, MAX_IN_USE[causal] // queries))
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    wanted = processors // num_n_blocks if causal else MAX_IN_USE // queries
+    heads_per_group = min(batch_size * num_kv_heads, max(1, wanted))
     go_round = not causal and num_m_blocks >= LEAST_ROUND and num_n_blocks <= processors
     if go_round:
         heads_per_group = 1

@@ -101,14 +101,39 @@ def count_n_blocks(m_block, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N: 
 
 
 @gluon.jit
-def mask_scores(s, row, n_start, seqlen_q, seqlen_k, CAUSAL: gl.constexpr, S_LAYOUT: gl.constexpr):
+def mask_scores(
+    s, row, n_start, seqlen_q, seqlen_k, FEW_REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, S_LAYOUT: gl.constexpr
+):
     """-inf where the query does not see the key; causal is bottom-right aligned."""
     last = gl.full([ROWS], 0, gl.int32, gl.SliceLayout(1, S_LAYOUT)) + (seqlen_k - 1)  # key that each query sees
     if CAUSAL:
         offs_m = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
         last = gl.minimum(last, offs_m + (seqlen_k - seqlen_q))
+    if FEW_REGISTERS:
+        return keep_columns(s, last - n_start)
     columns = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S_LAYOUT))
     return gl.where(columns[None, :] <= (last - n_start)[:, None], s, float("-inf"))
+
+
+@gluon.jit
+def keep_columns(s, last):
+    """-inf beyond the `last` column of each row, without a register for the number of each column.
+
+    A thread holds two of every eight columns. So split, their numbers are constants that the comparisons carry.
+    """
+    BLOCK_N: gl.constexpr = s.shape[1]
+    split = s.reshape([ROWS, BLOCK_N // 8, 4, 2])
+    LAYOUT: gl.constexpr = split.type.layout
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT)))
+    EIGHTS_LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT)))
+    PAIRS_LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, LAYOUT)))
+    ONES_LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    last = gl.convert_layout(last, ROW_LAYOUT)[:, None, None, None]
+    last -= 2 * gl.arange(0, 4, layout=PAIRS_LAYOUT)[None, None, :, None]
+    columns = 8 * gl.arange(0, BLOCK_N // 8, layout=EIGHTS_LAYOUT)[None, :, None, None]
+    columns += gl.arange(0, 2, layout=ONES_LAYOUT)[None, None, None, :]
+    kept = gl.where(columns <= last, split, float("-inf"))
+    return gl.convert_layout(kept.reshape(s.shape), s.type.layout)
 
 
 @gluon.jit
@@ -172,7 +197,7 @@ def attend_block(
     k_ring.release(j)
     if CAUSAL:  # noqa: SIM102  decided by the compiler, the inner one by the block
         if masked:
-            s = mask_scores(s, row, n_start, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
+            s = mask_scores(s, row, n_start, seqlen_q, seqlen_k, FEW_REGISTERS, CAUSAL, S_LAYOUT)
     p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2, CAUSAL)
 
     # The next keys are due anyway. Waiting for them here, a branch, keeps ptxas from moving the wait below, and with it
@@ -229,7 +254,7 @@ def consume(
         k_ring.release(j)
         j += 1
         if CAUSAL or seqlen_k % BLOCK_N != 0:
-            s = mask_scores(s, row, (n_blocks - 1) * BLOCK_N, seqlen_q, seqlen_k, CAUSAL, S_LAYOUT)
+            s = mask_scores(s, row, (n_blocks - 1) * BLOCK_N, seqlen_q, seqlen_k, FEW_REGISTERS, CAUSAL, S_LAYOUT)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
         row_sum = gl.full([ROWS], 0.0, gl.float32, ROW_LAYOUT)
         p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2, True)
@@ -356,16 +381,18 @@ class Tile:
     stages: int
 
 
-# By (head_dim, causal). TFLOP/s on an H200, bf16, at 512 / 1024 / 2048 / 4096 / 8192 / 16384 keys, 16384 tokens in all:
-# 352 / 400 / 466 / 492 / 513 / 507, 250 / 332 / 395 / 430 / 445 / 455, 503 / 598 / 654 / 641 / 655 / 613 and
-# 330 / 459 / 566 / 607 / 639 / 643. Two consumers for (64, False): 347 / 378 / 422 / 432 / 431 / 432; three for
-# (64, True): 182 / 249 / 355 / 404 / 436 / 435.
+# By (head_dim, causal); SHORT_TILES below LEAST_LONG keys. TFLOP/s on an H200, bf16, at 512 / 1024 / 2048 / 4096
+# / 8192 / 16384 keys, 16384 tokens in all: 324 / 402 / 479 / 497 / 537 / 511, 197 / 270 / 377 / 448 / 482 / 496,
+# 502 / 599 / 648 / 669 / 670 / 648 and 302 / 454 / 565 / 615 / 646 / 682; the short tile of (64, True)
+# 246 / 331 / 392 / 428 / 449 / 458. Two consumers for (64, False): 347 / 378 / 422 / 432 / 431 / 432.
 TILES = {
     (64, False): Tile(block_n=128, consumers=3, registers=160, stages=3),
-    (64, True): Tile(block_n=128, consumers=2, registers=240, stages=3),
+    (64, True): Tile(block_n=128, consumers=3, registers=160, stages=3),
     (128, False): Tile(block_n=128, consumers=2, registers=240, stages=2),
     (128, True): Tile(block_n=128, consumers=2, registers=240, stages=2),
 }
+SHORT_TILES = TILES | {(64, True): Tile(block_n=128, consumers=2, registers=240, stages=3)}
+LEAST_LONG = 4096
 _LEAST_WORK = 1 << 28  # queries x keys x head_dim: 12 sequences of 4 heads, 64 tokens, head_dim 64 are 1 << 23.6
 
 
@@ -389,7 +416,8 @@ def forward(
     """
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    launch(q, k, v, out, lse, softmax_scale, causal, TILES[q.shape[-1], causal])
+    tiles = TILES if k.shape[2] >= LEAST_LONG else SHORT_TILES
+    launch(q, k, v, out, lse, softmax_scale, causal, tiles[q.shape[-1], causal])
     return out, lse
 
 
