@@ -7,7 +7,8 @@ A device is bound once per process, by `load(device)` or by the first call of an
            compiler runs once per source, compiler, flags and torch release.
     cuda   the Triton launchers are imported and registered. Triton compiles a kernel at its first launch and caches it.
            `launch.cpp` and `autograd.cpp`, compiled as the above, spare later calls the launchers' and autograd's
-           Python; where they cannot be compiled, a line says so and both stay in Python.
+           Python; where they cannot be compiled, a line says so and both stay in Python. `load` waits for the compiler;
+           the first call of an op does not: until it is done, that process launches from Python.
 
 Where a compiler (or Triton) is missing, one visible line says so and the reference implementations are bound.
 `TOY_LM_KERNELS=fused` makes that an error; `TOY_LM_KERNELS=reference` asks for the references.
@@ -33,6 +34,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -74,7 +76,8 @@ class Binding:
 
 _bindings: dict[str, Binding] = {}
 _lock = threading.RLock()
-_references: list[object] = []  # a torch.library.Library unregisters its kernels when it is collected
+_libraries: dict[str, list[torch.library.Library]] = {}  # by device; one unregisters its kernels when it is collected
+_launch_build: subprocess.Popen | None = None  # runs `build_launch` while CUDA's kernels are launched from Python
 
 
 def load(device: str | torch.device) -> Binding:
@@ -83,17 +86,29 @@ def load(device: str | torch.device) -> Binding:
     Raises ValueError for a device these kernels do not run on, RuntimeError where the device is absent, and BuildError
     if `TOY_LM_KERNELS=fused` and the kernels cannot be built.
     """
-    device_type = torch.device(device).type
+    return _load(torch.device(device).type, patient=True)
+
+
+def _load(device_type: str, patient: bool) -> Binding:
+    """`load`; if not patient, what launches CUDA's kernels from C++ is left to a process of its own to compile."""
+    global _launch_build
     with _lock:
+        if device_type == "cuda" and _launch_build is not None and (patient or _launch_build.poll() is not None):
+            _launch_build.wait()
+            _launch_build = None
+            for library in _libraries.pop("cuda"):
+                library._destroy()
+            del _bindings["cuda"]
+            patient = True
         if device_type not in _bindings:
-            _bindings[device_type] = _bind(device_type)
+            _bindings[device_type] = _bind(device_type, patient)
     return _bindings[device_type]
 
 
 def ensure(device_type: str) -> None:
     """Bind `device_type` unless that is done already: what every public op calls first."""
-    if device_type not in _bindings:
-        load(device_type)
+    if device_type not in _bindings or (_launch_build is not None and _launch_build.poll() is not None):
+        _load(device_type, patient=False)
 
 
 # torch.compile calls such a function while it traces and keeps the result, instead of tracing the build.
@@ -103,13 +118,14 @@ ensure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def is_fused(device_type: str) -> bool:
     """Whether the kernels of `device_type`, which is bound if it was not, are more than the references."""
-    return load(device_type).kind == "fused"
+    ensure(device_type)
+    return _bindings[device_type].kind == "fused"
 
 
 is_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _bind(device_type: str) -> Binding:
+def _bind(device_type: str, patient: bool) -> Binding:
     if device_type not in DEVICE_TYPES:
         raise ValueError(f"device: got {device_type!r}, the kernels run on {' and '.join(DEVICE_TYPES)}")
     if device_type == "cuda" and not torch.cuda.is_available():
@@ -120,7 +136,7 @@ def _bind(device_type: str) -> Binding:
     if wanted == "reference":
         return _bind_references(device_type, "TOY_LM_KERNELS=reference asks for it")
     try:
-        line = _bind_cpu() if device_type == "cpu" else _bind_cuda()
+        line = _bind_cpu() if device_type == "cpu" else _bind_cuda(patient)
     except (BuildError, ImportError) as error:
         if wanted == "fused":
             raise
@@ -135,12 +151,13 @@ def _bind_references(device_type: str, reason: str) -> Binding:
     for folder in OP_FOLDERS:
         library = torch.library.Library("kernels", "IMPL", device_type.upper())
         importlib.import_module(f"kernels.{folder}.op").bind_reference(library)
-        _references.append(library)
+        _libraries.setdefault(device_type, []).append(library)
     line = f"{device_type}: the reference implementations in plain torch (slow), because: {reason}"
     return Binding(device_type=device_type, kind="reference", line=line)
 
 
-def _bind_cuda() -> str:
+def _bind_cuda(patient: bool) -> str:
+    global _launch_build
     try:
         import triton
     except ImportError as error:
@@ -150,13 +167,19 @@ def _bind_cuda() -> str:
 
     how = "launched from C++"
     try:
-        for built in build_launch():
-            torch.ops.load_library(built)
+        if patient or all(library.exists() for library in _targets(*_launch_sources())):
+            for built in build_launch():
+                torch.ops.load_library(built)
+        else:
+            command = [sys.executable, "-c", "from kernels.load import build_launch; build_launch()"]
+            _launch_build = subprocess.Popen(command, cwd=HERE.parent, start_new_session=True)
+            how = "launched from Python until launch.cpp is compiled"
     except BuildError as error:
-        warnings.warn(f"cuda: kernels will be launched from Python (slower), because: {error}", stacklevel=5)
+        warnings.warn(f"cuda: kernels will be launched from Python (slower), because: {error}", stacklevel=6)
         how = "launched from Python"
-    library = Replaying() if how == "launched from C++" else torch.library.Library("kernels", "IMPL", "CUDA")
-    _references.append(library)
+    from_cpp = how == "launched from C++"
+    library: Any = Replaying() if from_cpp else torch.library.Library("kernels", "IMPL", "CUDA")
+    _libraries["cuda"] = [library]
     for folder in OP_FOLDERS:
         importlib.import_module(f"kernels.{folder}.op").bind_cuda(library)
     major, minor = torch.cuda.get_device_capability()
@@ -165,12 +188,17 @@ def _bind_cuda() -> str:
 
 
 def build_launch() -> list[pathlib.Path]:
-    """`build` what CUDA's ops need: on torch's own classes, not its stable ABI; Triton brings CUDA's header."""
+    """`build` what launches CUDA's kernels from C++."""
+    return build(*_launch_sources())
+
+
+def _launch_sources() -> tuple[list[pathlib.Path], str, tuple[str, ...]]:
+    """`build`'s arguments: torch's own classes are used, not its stable ABI; Triton brings CUDA's header."""
     import triton
 
     cuda = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     sources = [HERE / "launch.cpp", HERE / "flash_attention" / "autograd.cpp"]
-    return build(sources, extra_flags=("-UTORCH_TARGET_VERSION", "-O1", f"-isystem{cuda}"))
+    return sources, "native", ("-UTORCH_TARGET_VERSION", "-O1", f"-isystem{cuda}")
 
 
 def _bind_cpu() -> str:
@@ -211,9 +239,9 @@ def build(
     cxx = compiler()
     flags = _flags(capability) + extra_flags
     folder = cache_folder()
+    targets = _targets(sources, capability, extra_flags)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        targets = [folder / f"{source.parent.name}_{_fingerprint(source, cxx, flags)}.so" for source in sources]
         with _exclusive(folder / "lock"):
             missing = [(s, t) for s, t in zip(sources, targets, strict=True) if not t.exists()]
             if missing:
@@ -231,6 +259,13 @@ def build(
             f"cannot build in {folder} ({error}); set TOY_LM_CACHE to a folder that can be written"
         ) from error
     return targets
+
+
+def _targets(sources: list[pathlib.Path], capability: str, extra_flags: tuple[str, ...]) -> list[pathlib.Path]:
+    """Where `build` puts the library of each source."""
+    cxx = compiler()
+    flags = _flags(capability) + extra_flags
+    return [cache_folder() / f"{source.parent.name}_{_fingerprint(source, cxx, flags)}.so" for source in sources]
 
 
 def _unfinished(target: pathlib.Path) -> pathlib.Path:

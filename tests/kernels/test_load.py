@@ -131,3 +131,25 @@ def test_unknown_settings_are_refused_by_name(name):
 def test_devices_without_kernels_are_refused_by_name():
     done = python("import kernels; kernels.load('meta')")
     assert done.returncode != 0 and "device: got 'meta', the kernels run on cpu and cuda" in done.stderr
+
+
+CALL_TWICE = """
+import sys, torch, kernels
+q = torch.randn(1, 2, 100, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+def gradient():
+    return torch.autograd.grad(kernels.flash_attention(q, q, q).sum(), q)[0]
+
+early = gradient()
+print(sys.modules["kernels.load"]._bindings["cuda"].line)
+print(kernels.load("cuda").line)
+assert torch.equal(gradient(), early) and torch.equal(gradient(), early)
+"""
+
+
+@pytest.mark.gpu
+def test_the_first_call_on_cuda_does_not_wait_for_the_compiler(tmp_path):
+    done = python(CALL_TWICE, TOY_LM_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    early, late = done.stdout.splitlines()
+    assert early.endswith("launched from Python until launch.cpp is compiled") and late.endswith("launched from C++")
