@@ -67,7 +67,7 @@ def _with_context(chosen: Preset, context: int, num_tokens: int) -> Preset:
 def _measure(
     chosen: Preset, attention: str, device: torch.device, options: argparse.Namespace
 ) -> tuple[float, float] | None:
-    """Tokens per second, and GiB of the GPU's memory at the most (0 on a CPU); None if it does not fit."""
+    """Tokens per second, and GiB allocated on the GPU at the most (0 on a CPU); None if it does not fit."""
     try:
         measured = _train(chosen, attention, device, options)
     except torch.OutOfMemoryError:
@@ -101,12 +101,11 @@ def _train(chosen: Preset, attention: str, device: torch.device, options: argpar
     step.read()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)  # without what the steps before the capture took aside
     begin = time.perf_counter()
     for _ in range(options.steps):
         step(number)
         number += 1
     step.read()
     seconds = time.perf_counter() - begin
-    most = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
+    most = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     return options.steps * options.tokens / seconds, most
