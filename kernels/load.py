@@ -77,7 +77,7 @@ class Binding:
 _bindings: dict[str, Binding] = {}
 _lock = threading.RLock()
 _libraries: dict[str, list[torch.library.Library]] = {}  # by device; one unregisters its kernels when it is collected
-_launch_build: subprocess.Popen | None = None  # runs `build_launch` while CUDA's kernels are launched from Python
+_launch_build: "subprocess.Popen | None" = None  # runs `build_launch` while CUDA's kernels are launched from Python
 
 
 def load(device: str | torch.device) -> Binding:

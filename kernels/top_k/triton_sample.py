@@ -12,7 +12,6 @@ Knows Triton; knows nothing of models. Arguments were checked in op.py.
 # ruff: noqa: SIM102  an outer `if` on a constant is decided by the compiler, the inner one by the row
 
 import dataclasses
-import math
 
 import torch
 import triton
@@ -52,25 +51,25 @@ from kernels.top_k.triton_select import (
 )
 from kernels.top_k.triton_top_p import (
     EVERY_TOKEN,
+    cut_in_list,
     cut_in_row,
     find_bracket,
     kept_weight,
     load_block,
     load_bracket,
-    load_list,
+    narrow_by_list,
     rank_cut,
     row_maximum,
-    search_list,
     search_row,
     weigh_groups,
 )
 
-WEIGH_WARPS = 8
-GROUP = 512
-DRAW_WARPS = 8
-SAMPLE_PART, MAX_SAMPLE = 8, 16384  # a bracket is found from one token in so many
-LIST_FACTOR, MAX_LIST = 10, 16384  # times the square root of the vocabulary: so many tokens within it can be listed
-PER_GROUPS_WARP = 1024  # elements that a warp holds of a row's best groups: 67.0 us at 1024 x 32000 where 512 take 70.8
+GROUP = 512  # tokens whose weights are added up; at most, as two groups are bits of 32 for each of 32 threads
+WEIGH_GROUPS = 4
+SAMPLE_PART, MAX_SAMPLE = 16, 8192  # a bracket is found from one token in so many
+LIST_PART, MAX_LIST = 4, 2**16  # one token in so many may be within it: there is room for them
+LIST_BLOCKS, MOST_SORTED = 32, 256  # blocks in which a full list is read; tokens left of it in the end
+PER_SAMPLE_WARP, PER_GROUPS_WARP = 1024, 1024  # elements that a warp holds: few wait for many
 
 
 @triton.jit
@@ -236,7 +235,8 @@ def _draw_long(
     temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride,
     group_keys, partials, brackets, counts, listed, group_sums, num_chunks, num_groups,
     PER_ROW: tl.constexpr, CUT: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, LOGPROBS: tl.constexpr,
-    LIST: tl.constexpr, NUM_CHUNKS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    LIST: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program, one row: the cut, the group into which the random number falls, then the token in it."""
     row = tl.program_id(0).to(tl.int64)
@@ -250,53 +250,47 @@ def _draw_long(
     rate = rate_of(temperature)
     cut = tl.full((), 0, tl.uint32)
     last = tl.full((), EVERY_TOKEN, tl.int32)
-    groups = tl.arange(0, NUM_GROUPS)
     own = group_sums + row * num_groups
-    sums = tl.load(own + groups, mask=groups < num_groups, other=0)  # [NUM_GROUPS]
+    groups = tl.arange(0, NUM_GROUPS)
+    there = groups < num_groups
     if CUT:
         cut, last = load_bracket(brackets, row)
         last = last.to(tl.int32)
     if TOP_P:
-        listed_key, listed_weight, listed_token = load_list(listed, counts, row, row_max, rate, LIST, GROUP)
-        kept = tl.zeros_like(listed_weight)  # [LIST], beside the sums
         if good & (greedy | (p < 1.0)):
-            layer = batch * num_groups
-            everything = tl.sum(tl.load(own + layer + groups, mask=groups < num_groups, other=0))
-            layer = 2 * layer if MIN_P else 0
-            above = tl.sum(tl.load(own + layer + groups, mask=groups < num_groups, other=0))
+            count, everything = tl.load(counts + row * 2).to(tl.int32), tl.load(counts + row * 2 + 1)
+            above = tl.sum(tl.load(own + (batch * num_groups if MIN_P else 0) + groups, mask=there, other=0))
             target = tl.maximum(share(everything, tl.where(greedy, 0.0, p)), 1)
             low, high = load_bracket(brackets, row)
             high = tl.minimum(high, max_key)
-            within = tl.sum(listed_weight)
-            if (tl.load(counts + row) <= LIST) & (above < target) & (above + within >= target):
-                cut, last = search_list(listed_key, listed_weight, listed_token, target - above, low, high, within)
-                kept = tl.where((listed_key > cut) | ((listed_key == cut) & (listed_token <= last)), listed_weight, 0)
-                kept = tl.where(kept >= least_weight, kept, 0)
-            else:
+            listed += row * (LIST + 2 * GROUP)
+            number = count * 0
+            if (count <= LIST) & (above < target):
+                low, high, more, number = narrow_by_list(
+                    listed, count, row_max, rate, target - above, low, high, BLOCK, MOST
+                )
+                above += more
+            found = number < 0
+            if (number > 0) & (number <= MOST):
+                cut, last, found = cut_in_list(
+                    listed, own, count, row_max, rate, target - above, low, high, least_weight, BLOCK, GROUP, LIST, MOST
+                )
+            if found == 0:
+                if number <= MOST:  # not one value with many ties: no bracket, or too many tokens within it
+                    low, high, above = tl.full((), 1, tl.uint32), max_key, target * 0
                 cut, last = cut_in_row(
-                    logits, own, vocab_size, num_groups, max_key, row_max, rate, target, high, everything, above,
+                    logits, own, vocab_size, num_groups, row_max, rate, target, low, high, everything, above,
                     least_weight, GROUP,
                 )  # fmt: skip
-                sums = tl.load(own + groups, mask=groups < num_groups, other=0)
-    else:
-        kept = tl.full((1,), 0, tl.int64)
-        listed_token = tl.full((1,), 0, tl.int32)
+            tl.debug_barrier()  # the sums are read by other threads than have changed them
 
-    # The last group before which there is no more weight than what was drawn.
-    total = tl.sum(sums) + tl.sum(kept)
+    # The group in whose share of the running total, in order, the random number falls.
+    sums = tl.load(own + groups, mask=there, other=0, cache_modifier=".cg")  # [NUM_GROUPS]
+    total = tl.sum(sums)
     left = random_below(total, seed, step)
-    group, before = tl.full((), 0, tl.int32), tl.full((), 0, tl.int64)
-    stride = tl.full((), NUM_GROUPS // 2, tl.int32)
-    while stride > 0:
-        trial = group + stride
-        weight_before = tl.sum(tl.where(groups < trial, sums, 0)) + tl.sum(
-            tl.where(listed_token < trial * GROUP, kept, 0)
-        )
-        group = tl.where(weight_before <= left, trial, group)
-        before = tl.where(weight_before <= left, weight_before, before)
-        stride = stride // 2
-    group = tl.minimum(group, num_groups - 1)
-    left -= before
+    passed = (tl.cumsum(sums, 0) <= left) & there
+    group = tl.minimum(tl.sum(passed.to(tl.int32)), num_groups - 1)
+    left -= tl.sum(tl.where(groups < group, sums, 0))
 
     tokens, x, key = load_block(logits, group * GROUP, vocab_size, GROUP)
     weight = kept_weight(tokens, x, key, row_max, rate, cut, last)
@@ -427,15 +421,15 @@ def _group_by_group(job: _Job) -> None:
     cut_by_rank = job.most_kept >= 0
     cut_by_mass = (job.may_drop_by_rank or job.may_drop_by_mass) and not cut_by_rank
     num_groups = blocks(vocab_size, GROUP)
-    list_length = min(power_of_2(LIST_FACTOR * math.isqrt(vocab_size)), MAX_LIST)
-    sample = min(power_of_2(vocab_size) // SAMPLE_PART, MAX_SAMPLE)
+    list_length = min(power_of_2(vocab_size) // LIST_PART, MAX_LIST)
+    sample = max(1, min(power_of_2(vocab_size) // SAMPLE_PART, MAX_SAMPLE))
     temperature, _, top_p, min_p, _, _, temperature_stride, _, top_p_stride, min_p_stride, _, _ = job.parameters
     mass_at = (temperature, temperature_stride, job.per_row) if cut_by_mass else None
     group_keys, partials, masses, _, num_chunks = launch_group_maxima(logits, CHUNK, job.logprobs, mass_at)
     brackets = logits.new_empty((batch, 2), dtype=torch.int32)
-    counts = logits.new_empty((batch,), dtype=torch.int32) if cut_by_mass else None
-    listed = logits.new_empty((batch, list_length + GROUP), dtype=torch.int64) if cut_by_mass else None
-    group_sums = logits.new_empty((3 if cut_by_mass else 1, batch, num_groups), dtype=torch.int64)
+    counts = logits.new_empty((batch, 2), dtype=torch.int64) if cut_by_mass else None
+    listed = logits.new_empty((batch, list_length + 2 * GROUP), dtype=torch.int64) if cut_by_mass else None
+    group_sums = logits.new_empty((2 if cut_by_mass else 1, batch, num_groups), dtype=torch.int64)
     common = {"PER_ROW": job.per_row, "NUM_CHUNKS": power_of_2(num_chunks)}
     filters = {"CUT": cut_by_rank, "TOP_P": cut_by_mass, "MIN_P": job.may_drop_light, "LIST": list_length}
     if cut_by_rank:
@@ -444,11 +438,14 @@ def _group_by_group(job: _Job) -> None:
     if cut_by_mass:
         arguments = (logits, group_keys, masses, brackets, counts, vocab_size, logits.stride(0), num_chunks)
         arguments += (temperature, top_p, temperature_stride, top_p_stride)
-        launch(find_bracket, batch, arguments, {**common, "SAMPLE": sample}, max(1, sample // 1024))
+        launch(find_bracket, batch, arguments, {**common, "SAMPLE": sample}, blocks(sample, PER_SAMPLE_WARP))
     arguments = (logits, group_keys, brackets, counts, listed, group_sums, batch, vocab_size, logits.stride(0))
     arguments += (num_chunks, num_groups, temperature, min_p, temperature_stride, min_p_stride)
-    constants = {**common, **filters, "GROUPS": WEIGH_WARPS, "GROUP": GROUP}
-    launch(weigh_groups, batch * blocks(num_groups, WEIGH_WARPS), arguments, constants, WEIGH_WARPS)
+    constants = {**common, **filters, "GROUPS": WEIGH_GROUPS, "GROUP": GROUP}
+    launch(weigh_groups, batch * blocks(num_groups, WEIGH_GROUPS), arguments, constants, 1)
     scratch = (group_keys, partials, brackets, counts, listed, group_sums, num_chunks, num_groups)
     constants = {**common, **filters, "LOGPROBS": job.logprobs, "NUM_GROUPS": power_of_2(num_groups), "GROUP": GROUP}
-    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, DRAW_WARPS)
+    block = min(max(256, list_length // LIST_BLOCKS), 1024)
+    constants |= {"BLOCK": block, "MOST": min(MOST_SORTED, GROUP)}
+    warps = max(4, block // 128) if cut_by_mass else 4
+    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, warps)

@@ -21,9 +21,11 @@ from kernels.top_k.triton_select import (
     MAX_GROUPS_CHOSEN,
     MAX_TILE,
     blocks,
+    candidate,
     choose_group,
     gather_best_groups,
     keep_best,
+    key_and_index,
     key_bits,
     launch,
     launch_group_maxima,
@@ -37,16 +39,6 @@ from kernels.top_k.triton_top_p import load_block, rank_cut
 MAX_SORTED_WHOLE = 128  # longer rows are selected from first
 SORTED_PER_PROGRAM = 256  # elements
 SORTED_WARPS = 1
-
-
-@triton.jit
-def _candidate(key, index):
-    return ((key.to(tl.int64) - 0x80000000) << 32) | (0x7FFFFFFF - index)
-
-
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b)
 
 
 @triton.jit
@@ -67,14 +59,15 @@ def _top_k_short(
     half = tl.sort((key & (0xFFFFFFFF - (BLOCK - 1))) | (BLOCK - 1 - index).to(tl.uint32), descending=True)
     order = (BLOCK - 1) - (half & (BLOCK - 1)).to(tl.int32)
     wanted = (rows < batch) & (index < k)
-    value = tl.load(x + order, mask=wanted, other=float("-inf")) + 0.0
+    value = tl.load(x + order, mask=inside, other=float("-inf")) + 0.0  # those left out may be the better ones
     if BITS == 32:
         key_found = ordered_key(value)
-        risen = wanted & (key_found > tl.associative_scan(key_found, 1, _smaller))
-        if tl.max(tl.max(risen.to(tl.int32), axis=1), axis=0) > 0:
-            candidates = tl.sort(_candidate(key, index), descending=True)
-            order = (0x7FFFFFFF - (candidates & 0x7FFFFFFF)).to(tl.int32)
-            value = value_of_key(((candidates >> 32) + 0x80000000).to(tl.uint32))
+        one_before = tl.broadcast_to(tl.maximum(index - 1, 0), ROWS, BLOCK)
+        risen = key_found > tl.gather(key_found, one_before, 1)
+        if tl.max(tl.max(risen.to(tl.int32), axis=0), axis=0) > 0:
+            candidates = tl.sort(candidate(key, index), descending=True)
+            key, order = key_and_index(candidates)
+            value = value_of_key(key)
     tl.store(values + rows * k + index, value.to(values.dtype.element_ty), mask=wanted)
     tl.store(indices + rows * k + index, order.to(tl.int64), mask=wanted)
 
@@ -104,7 +97,7 @@ def _top_k_tile(
     kept = keep_best(key >> (32 - BITS), k)
     slot = tl.cumsum(kept.to(tl.int32), 0) - 1
     candidates += row * k
-    tl.store(candidates + slot, _candidate(key, index), mask=kept)
+    tl.store(candidates + slot, candidate(key, index), mask=kept)
     tl.debug_barrier()  # other threads read what was written here
     ranks = tl.arange(0, K)
     best = tl.sort(tl.load(candidates + ranks, mask=ranks < k, other=-(2**63)), descending=True)
@@ -113,9 +106,9 @@ def _top_k_tile(
 
 @triton.jit
 def _store_sorted(values, indices, places, candidates, wanted):
-    value = value_of_key(((candidates >> 32) + 0x80000000).to(tl.uint32))
-    tl.store(values + places, value.to(values.dtype.element_ty), mask=wanted)
-    tl.store(indices + places, 0x7FFFFFFF - (candidates & 0x7FFFFFFF), mask=wanted)
+    key, index = key_and_index(candidates)
+    tl.store(values + places, value_of_key(key).to(values.dtype.element_ty), mask=wanted)
+    tl.store(indices + places, index.to(tl.int64), mask=wanted)
 
 
 @triton.jit
@@ -129,7 +122,7 @@ def _top_k_long(x, candidates, n, row_stride, k, BLOCK: tl.constexpr):
         index, _, key = load_block(x, start, n, BLOCK)
         kept = (key > cut) | ((key == cut) & (index <= last))
         slot = written + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(candidates + row * k + slot, _candidate(key, index), mask=kept)
+        tl.store(candidates + row * k + slot, candidate(key, index), mask=kept)
         written += tl.sum(kept.to(tl.int32))
 
 

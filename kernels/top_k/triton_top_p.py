@@ -20,7 +20,10 @@ import triton.language as tl
 from kernels.top_k.triton_select import (
     FINITE_KEYS_FROM,
     INFINITY_KEY,
+    WEIGHT_ONE,
+    candidate,
     integer_weight,
+    key_and_index,
     ordered_key,
     parameter,
     rate_of,
@@ -32,6 +35,7 @@ DEVIATIONS = tl.constexpr(4.5)  # so far off is one normal deviate in 300 000
 UNSEEN = tl.constexpr(10.0)  # so many are expected of what a sample holds none of, as rarely
 BINS = tl.constexpr(64)
 TOP = tl.constexpr(0xFFFFFFFF)
+LARGEST = tl.constexpr(3.4028235e38)
 EVERY_TOKEN = tl.constexpr(0x7FFFFFFF)
 
 
@@ -45,12 +49,13 @@ def load_block(logits, start, vocab_size, BLOCK: tl.constexpr):
 
 @triton.jit
 def row_maximum(group_keys, row, num_chunks, NUM_CHUNKS: tl.constexpr):
-    """Whether a row's largest logit is finite, its key, and the logit itself (0 if not), from its chunks' maxima."""
+    """Whether a row's largest logit is finite, its key, and the logit itself, from its chunks' maxima; in place of one
+    that is not finite the largest number, beside which nothing has weight."""
     chunks = tl.arange(0, NUM_CHUNKS)
     keys = tl.load(group_keys + row * num_chunks + chunks, mask=chunks < num_chunks, other=0)
     max_key = tl.max(keys.to(tl.uint32, bitcast=True))
     good = (max_key >= FINITE_KEYS_FROM) & (max_key < INFINITY_KEY)
-    return good, max_key, tl.where(good, value_of_key(max_key), 0.0)
+    return good, max_key, tl.where(good, value_of_key(max_key), LARGEST)
 
 
 @triton.jit
@@ -64,12 +69,18 @@ def kept_weight(tokens, x, key, row_max, rate, cut, last):
 
 
 @triton.jit
-def _next_trial(low, high, reached, above, target, step):
-    """A key in (low, high] to try next: in turn halfway, and where it should be if keys had equal shares."""
+def _key_at(low, high, part, by_value):
+    """A key in (low, high], part of the way from one to the other: by values, if these are numbers, or as keys."""
+    value = value_of_key(low) + (value_of_key(high) - value_of_key(low)) * part
+    key = low + ((high - low).to(tl.float32) * part).to(tl.uint32)
+    return tl.minimum(tl.maximum(tl.where(by_value & (value == value), ordered_key(value), key), low + 1), high)
+
+
+@triton.jit
+def _part_to(target, reached, above):
+    """Where between two keys the target is reached if values have equal shares."""
     part = (reached - target).to(tl.float32) / tl.maximum(reached - above, 1).to(tl.float32)
-    part = tl.where(step % 2 == 0, tl.minimum(tl.maximum(part, 0.0), 1.0), 0.5)
-    width = high - low
-    return low + tl.minimum((width.to(tl.float32) * part).to(tl.uint32), width - 1) + 1
+    return tl.minimum(tl.maximum(part, 0.0), 1.0)
 
 
 @triton.jit
@@ -85,7 +96,8 @@ def search_row(
     """
     step = tl.full((), 0, tl.int32)
     while low < high:
-        trial = _next_trial(low, high, reached, above, target, step)
+        halve = step % 4 == 3
+        trial = _key_at(low, high, tl.where(halve, 0.5, _part_to(target, reached, above)), halve == 0)
         sums = tl.zeros((BLOCK,), tl.int64)
         upper = tl.full((BLOCK,), TOP, tl.uint32)
         lower = tl.full((BLOCK,), 0, tl.uint32)
@@ -136,44 +148,47 @@ def rank_cut(logits, vocab_size, k, max_key, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _at(bins, bin, values):
-    return tl.sum(tl.where(bins == bin, values, 0.0))
+def _add_two(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _min_max(min0, max0, min1, max1):
+    return tl.minimum(min0, min1), tl.maximum(max0, max1)
 
 
 @triton.jit
 def _narrow(
-    y, low, high, mass_below, square_below, mass_above, square_above, wanted_below, wanted_above, unseen_part,
-    SAMPLE: tl.constexpr,
+    y, low, high, mass_below, square_below, mass, squares, wanted_below, wanted_above, unseen_part, SAMPLE: tl.constexpr
 ):  # fmt: skip
-    """A bracket of the cut within (low, high): two edges of the bins of a histogram. y [SAMPLE] <= 0; mass_ and square_
-    are the sums of w and w^2 of the sampled tokens outside of (low, high)."""
+    """A bracket of the cut within (low, high): two edges of the bins of a histogram. y [SAMPLE] <= 0; mass_below and
+    square_below are the sums of w and w^2 of the sampled tokens below low, mass and squares those of all, or None."""
     width = tl.maximum((high - low) / (BINS - 2), 1e-6) * 1.0001  # the first and the last bin hold what lies outside
     bins = tl.arange(0, BINS)
     edge = low + (bins - 1) * width  # [BINS]
     inside = (bins > 0) & (bins < BINS - 1)
     weight = tl.where(inside, tl.exp2(tl.minimum(edge + 0.5 * width, 0.0)), 0.0)
     bin = tl.minimum(tl.maximum((y - low) * (1.0 / width) + 1.0, 0.0), BINS - 1.0).to(tl.int32)  # [SAMPLE]
-    mass = tl.histogram(bin, BINS).to(tl.float32) * weight
-    square = mass * weight
-    below, below_square = mass_below + tl.cumsum(mass, 0) - mass, square_below + tl.cumsum(square, 0) - square
-    above = mass_below + tl.sum(mass) + mass_above - below
-    above_square = square_below + tl.sum(square) + square_above - below_square
+    own = tl.histogram(bin, BINS).to(tl.float32) * weight
+    below, below_square = tl.associative_scan((own, own * weight), 0, _add_two)
+    if mass is None:
+        mass, squares = tl.reduce((own, own * weight), 0, _add_two)
+    below, below_square = mass_below + below - own, square_below + below_square - own * weight
+    above, above_square = mass - below, squares - below_square
     off_below = DEVIATIONS * tl.sqrt(tl.maximum(below_square - below * below / SAMPLE, 0.0) * unseen_part)
     off_above = DEVIATIONS * tl.sqrt(tl.maximum(above_square - above * above / SAMPLE, 0.0) * unseen_part)
     cut_is_above = (below + off_below + UNSEEN * weight <= wanted_below) | (above - off_above > wanted_above)
     cut_is_below = (below - off_below > wanted_below) | (above + off_above + UNSEEN <= wanted_above)
-    lowest = tl.max(tl.where(cut_is_above & inside, bins, 1))
-    highest = tl.min(tl.where(cut_is_below & inside, bins, BINS - 1))
-    highest = tl.maximum(highest, lowest)
-    return (
-        low + (lowest - 1) * width,
-        tl.where(highest == BINS - 1, high, low + (highest - 1) * width),
-        _at(bins, lowest, below),
-        _at(bins, lowest, below_square),
-        _at(bins, highest, above),
-        _at(bins, highest, above_square),
-        width,
+    highest, lowest = tl.reduce(
+        (tl.where(cut_is_below & inside, bins, BINS - 1), tl.where(cut_is_above & inside, bins, 1)), 0, _min_max
     )
+    highest = tl.maximum(highest, lowest)
+    at_low = bins == lowest
+    mass_below, square_below = tl.reduce(
+        (tl.where(at_low, below, 0.0), tl.where(at_low, below_square, 0.0)), 0, _add_two
+    )
+    high = tl.where(highest == BINS - 1, high, low + (highest - 1) * width)
+    return low + (lowest - 1) * width, high, mass_below, square_below, mass, squares, width
 
 
 @triton.jit
@@ -182,7 +197,7 @@ def find_bracket(
     temperature, top_p, temperature_stride, top_p_stride,
     PER_ROW: tl.constexpr, NUM_CHUNKS: tl.constexpr, SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row: brackets (batch, 2), the lowest and the highest key within; sets the list's length to 0.
+    """One program, one row: brackets (batch, 2), the lowest and the highest key within; sets counts (batch, 2) to 0.
 
     With F and Q the sums of w and w^2 over the n sampled tokens below a value, the mass below it in the whole row is
     taken to lie within F +- DEVIATIONS sqrt(Q - F^2 / n); the mass above likewise. A value of which one of the two says
@@ -210,20 +225,20 @@ def find_bracket(
 
     # y is the logarithm to base 2 of a token's weight over the likeliest one's; a NaN, of a row without answer, is -64.
     y = tl.maximum(tl.minimum(x - row_max, 0.0) * rate, -64.0)  # [SAMPLE]
-    least, most = tl.min(y), tl.max(y)
-    low, high, unseen_part = least, most, 1.0 - SAMPLE / vocab_size.to(tl.float32)
-    mass_below, square_below, mass_above, square_above, width = 0.0, 0.0, 0.0, 0.0, 0.0
-    for _ in tl.static_range(2):
-        low, high, mass_below, square_below, mass_above, square_above, width = _narrow(
-            y, low, high, mass_below, square_below, mass_above, square_above, wanted_below, wanted_above, unseen_part,
-            SAMPLE,
-        )  # fmt: skip
+    least, most = tl.reduce((y, y), 0, _min_max)
+    unseen_part = 1.0 - SAMPLE / vocab_size.to(tl.float32)
+    low, high, mass_below, square_below, mass, squares, _ = _narrow(
+        y, least, most, 0.0, 0.0, None, None, wanted_below, wanted_above, unseen_part, SAMPLE
+    )
+    low, high, _, _, _, _, width = _narrow(
+        y, low, high, mass_below, square_below, mass, squares, wanted_below, wanted_above, unseen_part, SAMPLE
+    )
     low = tl.where(low == least, float("-inf"), row_max + (low - 0.5 * width) / rate)
     high = tl.where(high == most, row_max, row_max + tl.minimum(high + 0.5 * width, 0.0) / rate)
     high = tl.where(p < 1.0, high, float("-inf"))
     tl.store(brackets + row * 2, tl.maximum(ordered_key(low), FINITE_KEYS_FROM).to(tl.int32, bitcast=True))
     tl.store(brackets + row * 2 + 1, tl.minimum(ordered_key(high), INFINITY_KEY - 1).to(tl.int32, bitcast=True))
-    tl.store(counts + row, 0)
+    tl.store(counts + row * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int64))
 
 
 @triton.jit
@@ -245,128 +260,196 @@ def weigh_groups(
 ):  # fmt: skip
     """One program, GROUPS groups of a row, GROUP tokens each: the sums of their weights.
 
-    group_sums (3 or 1, batch, num_groups) int64: of the tokens that may be drawn; for top-p of those above the bracket
-    alone, then of all, and of those above the bracket with those that min-p drops. Tokens within the bracket go to
-    listed (batch, LIST + GROUP), logit above token, in any order, and are counted in counts (batch,).
+    group_sums (2 or 1, batch, num_groups) int64: of the tokens that may be drawn; for top-p of those above the bracket
+    alone, and with min-p of those that it drops too. Tokens within the bracket go to listed (batch, LIST + 2 GROUP),
+    logit above token, in any order; counts (batch, 2) int64 gets how many they are, and the sum of the row's weights.
 
-    A group is in one warp's registers, 32 neighbours a load, so that nothing here waits for another warp. (Loads of
-    four neighbours a thread would have to be turned round through shared memory for the list.)
+    A group is in one warp's registers, 32 neighbours a load, so that little here waits for another warp. Which of a
+    thread's tokens are within the bracket is kept as bits, of two groups: a few in a hundred are, and only they are
+    read again.
     """
     steps = tl.cdiv(num_groups, GROUPS)
     row = (tl.program_id(0) // steps).to(tl.int64)
-    groups = tl.program_id(0) % steps * GROUPS + tl.arange(0, GROUPS)  # [GROUPS]
+    first_group = tl.program_id(0) % steps * GROUPS
+    logits += row * row_stride
     rate = rate_of(parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32))
     _, _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
-    places = (tl.arange(0, GROUP // 32) * 32)[None, :, None] + tl.arange(0, 32)[None, None, :]
-    tokens = groups[:, None, None] * GROUP + places  # [GROUPS, GROUP / 32, 32]
-    x = tl.load(logits + row * row_stride + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
-    weight = integer_weight(x - row_max, rate)
-    place = row * num_groups + groups
-    there = groups < num_groups
-    kept = weight
-    if CUT:
-        cut, last = load_bracket(brackets, row)
-        key = ordered_key(x)
-        kept = tl.where((key > cut) | ((key == cut) & (tokens <= last.to(tl.int32))), weight, 0)
-    if TOP_P:
+    runs = tl.arange(0, GROUP // 32)[:, None]
+    lanes = tl.arange(0, 32)
+    if CUT | TOP_P:
         low, high = load_bracket(brackets, row)
-        low, high = value_of_key(low), value_of_key(high)
-        above = x > high
-        kept = tl.where(above, weight, 0)
-        if MIN_P:
-            tl.store(group_sums + 2 * batch * num_groups + place, _sums(kept), mask=there)
-        tl.store(group_sums + batch * num_groups + place, _sums(weight), mask=there)
-        inside = (x >= low) & (above == 0)
-        within = inside.to(tl.int32)
-        across = tl.sum(within, axis=1)  # [GROUPS, 32]
-        number = tl.sum(across, axis=1)  # [GROUPS]
-        first = tl.atomic_add(counts + row + groups * 0, number, mask=number > 0, sem="relaxed")
-        first = tl.minimum(first, LIST)  # behind the list there is room for what no longer fits
-        slot = (first[:, None] + tl.cumsum(across, axis=1) - across)[:, None, :] + tl.cumsum(within, axis=1) - 1
-        slot = tl.max_contiguous(slot, [1, 1, 2])  # untrue, but the layout of the store follows from it
-        entry = (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tokens.to(tl.uint32).to(tl.int64)
-        tl.store(listed + row * (LIST + GROUP) + slot, entry, mask=inside)
     if MIN_P:
-        least_weight = (parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32) * 1099511627776.0).to(tl.int64)
-        kept = tl.where(kept >= least_weight, kept, 0)
-    tl.store(group_sums + place, _sums(kept), mask=there)
+        least_weight = (parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32) * WEIGHT_ONE).to(tl.int64)
+    end = tl.minimum(first_group + GROUPS, num_groups)
+    all_weights = tl.zeros((32,), tl.int64)
+    bits = tl.zeros((32,), tl.int32)
+    for group in range(first_group, end):
+        tokens = group * GROUP + runs * 32 + lanes[None, :]  # [GROUP / 32, 32]
+        if (group + 1) * GROUP <= vocab_size:
+            x = tl.load(logits + tokens).to(tl.float32)
+        else:
+            x = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+        weight = integer_weight(x - row_max, rate)
+        place = group_sums + row * num_groups + group
+        kept = weight
+        if CUT:
+            key = ordered_key(x)
+            kept = tl.where((key > low) | ((key == low) & (tokens <= high.to(tl.int32))), weight, 0)
+        if TOP_P:
+            above = x > value_of_key(high)
+            kept = tl.where(above, weight, 0)
+            if MIN_P:
+                tl.store(place + batch * num_groups, _sum(kept))
+            all_weights += tl.sum(weight, axis=0)
+            inside = (x >= value_of_key(low)) & (above == 0)
+            second = (group - first_group) % 2
+            bits |= tl.sum(tl.where(inside, tl.full((), 1, tl.int32) << runs, 0), axis=0) << (second * (GROUP // 32))
+            if (second == 1) | (group + 1 == end):
+                number = _count_bits(bits)
+                first = tl.atomic_add(counts + row * 2, tl.sum(number).to(tl.int64), sem="relaxed")
+                first = tl.minimum(first, LIST)  # behind the list there is room for what no longer fits
+                slot = listed + row * (LIST + 2 * GROUP) + first + tl.cumsum(number, 0) - number
+                while tl.max((bits != 0).to(tl.int32)) > 0:
+                    lowest = (bits & -bits).to(tl.uint32, bitcast=True).to(tl.float32)  # its exponent: the bit's number
+                    run = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+                    token = (group - second) * GROUP + run * 32 + lanes
+                    again = tl.load(logits + token, mask=bits != 0, other=0.0).to(tl.float32)
+                    entry = (again.to(tl.int32, bitcast=True).to(tl.int64) << 32) | token.to(tl.int64)
+                    tl.store(slot, entry, mask=bits != 0)
+                    slot += 1
+                    bits &= bits - 1
+        if MIN_P:
+            kept = tl.where(kept >= least_weight, kept, 0)
+        tl.store(place, _sum(kept))
+    if TOP_P:
+        tl.atomic_add(counts + row * 2 + 1, tl.sum(all_weights), sem="relaxed")
 
 
 @triton.jit
-def _sums(x):
-    return tl.sum(tl.sum(x, axis=1), axis=1)
+def _count_bits(bits):
+    """How many of 32 bits are set."""
+    bits = bits.to(tl.uint32, bitcast=True)
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    bits = bits + (bits >> 8)
+    return ((bits + (bits >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def _sum(weights):
+    """The sum of [rows, 32] weights, up to 64 rows; sums of 32-bit numbers over a warp are one instruction each."""
+    each = tl.sum(weights, axis=0)  # [32], below 2^47
+    low, high = tl.sum((each & 0xFFFFFF).to(tl.int32)), tl.sum((each >> 24).to(tl.int32))
+    return (high.to(tl.int64) << 24) + low
 
 
 # ---- the cut, from the list ----
 
 
 @triton.jit
-def _sum_max_min(sum0, max0, min0, sum1, max1, min1):
-    return sum0 + sum1, tl.maximum(max0, max1), tl.minimum(min0, min1)
+def _sums_min_max(a0, a1, a2, min0, max0, b0, b1, b2, min1, max1):
+    return a0 + b0, a1 + b1, a2 + b2, tl.minimum(min0, min1), tl.maximum(max0, max1)
 
 
 @triton.jit
-def search_list(key, weight, tokens, target, low, high, reached):
-    """`search_row` for a tile of keys, 0 where there is none, with positive weights."""
-    step = tl.full((), 0, tl.int32)
-    above = target * 0
-    while low < high:
-        trial = _next_trial(low, high, reached, above, target, step)
-        upper = key >= trial
-        found, below, beyond = tl.reduce(
-            (tl.where(upper, weight, 0), tl.where(upper, 0, key), tl.where(upper, key, TOP)), 0, _sum_max_min
-        )
-        if found >= target:
-            low, reached = beyond, found
-        else:
-            high, above = below, found
-        step += 1
-    tie = key == low
-    each = tl.max(tl.where(tie, weight, 1))
-    wanted = ((target - above + each - 1) // each).to(tl.int32)
-    last = tl.full((), EVERY_TOKEN, tl.int32)
-    if tl.sum(tie.to(tl.int32)) > wanted:
-        last = last * 0  # the smallest token up to which there are as many ties as wanted
-        for bit in range(20):
-            trial_token = last + (tl.full((), 1 << 19, tl.int32) >> bit)
-            fewer = tl.sum((tie & (tokens < trial_token)).to(tl.int32)) < wanted
-            last = tl.where(fewer, trial_token, last)
-    return low, last
-
-
-@triton.jit
-def _sum_groups(logits, own, vocab_size, num_groups, row_max, rate, cut, last, least_weight, GROUP: tl.constexpr):
-    """The weights of each group's kept tokens, added up."""
-    for group in range(num_groups):
-        tokens, x, key = load_block(logits, group * GROUP, vocab_size, GROUP)
-        weight = kept_weight(tokens, x, key, row_max, rate, cut, last)
-        tl.store(own + group, tl.sum(tl.where(weight >= least_weight, weight, 0)))
-
-
-@triton.jit
-def load_list(listed, counts, row, row_max, rate, LIST: tl.constexpr, GROUP: tl.constexpr):
-    """The tokens within a row's bracket, [LIST] each: keys, weights, token ids; 0 where there is none."""
-    slots = tl.arange(0, LIST)
-    count = tl.load(counts + row)
-    entry = tl.load(listed + row * (LIST + GROUP) + slots, mask=slots < count, other=0)
+def _load_entries(listed, start, count, row_max, rate, BLOCK: tl.constexpr):
+    """A block of the tokens within a row's bracket: keys, weights, token ids; 0 where there is none."""
+    slots = start + tl.arange(0, BLOCK)
+    entry = tl.load(listed + slots, mask=slots < count, other=0)
     x, tokens = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True), entry.to(tl.int32)
-    weight = tl.where(slots < count, integer_weight(x - row_max, rate), 0)
-    return tl.where(weight > 0, ordered_key(x), 0), weight, tokens
+    key = tl.where(slots < count, ordered_key(x), 0)
+    return key, tl.where(slots < count, integer_weight(tl.minimum(x - row_max, 0.0), rate), 0), tokens
+
+
+@triton.jit
+def narrow_by_list(listed, count, row_max, rate, target, low, high, BLOCK: tl.constexpr, MOST: tl.constexpr):
+    """(low, high, above, number): a narrower bracket with MOST tokens in it or fewer, unless they are all equal; of the
+    tokens listed, those above it have the sum `above`.
+
+    Listed are the tokens from key `low` to key `high`. The first read of the list adds up all of it and its upper half.
+    If values have about equal shares, the cut now lies where it should within 2 / sqrt(number): the second read tries
+    the two values that far to both sides. The third tries the two in a quarter and in three quarters, and so on. Each
+    also finds the smallest and the largest key of the bracket it began with, so that few values need few reads.
+    """
+    reached, above = target * 0, target * 0
+    number, over = count, count * 0  # how many are from low on; how many above high
+    step = tl.full((), 0, tl.int32)
+    while (number - over > MOST) & (low < high):
+        guess = step % 2 == 1
+        middle = tl.where(guess, _part_to(target, reached, above), 0.5)
+        off = tl.where(guess, 2.0 / tl.sqrt((number - over).to(tl.float32)), 0.25)
+        lower, upper = _key_at(low, high, middle - off, guess), _key_at(low, high, middle + off, guess)
+        lower, upper = tl.where(step == 0, low, lower), tl.where(step == 0, _key_at(low, high, 0.5, True), upper)
+        from_lower, from_upper = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
+        numbers = tl.zeros((BLOCK,), tl.int64)  # from the lower key on; times 2^32, from the upper key on
+        smallest, largest = tl.full((BLOCK,), TOP, tl.uint32), tl.full((BLOCK,), 0, tl.uint32)
+        for start in range(0, count, BLOCK):
+            key, weight, _ = _load_entries(listed, start, count, row_max, rate, BLOCK)
+            from_lower += tl.where(key >= lower, weight, 0)
+            from_upper += tl.where(key >= upper, weight, 0)
+            numbers += (key >= lower).to(tl.int64) + ((key >= upper).to(tl.int64) << 32)
+            smallest = tl.minimum(smallest, tl.where(key >= low, key, TOP))
+            largest = tl.maximum(largest, tl.where(key <= high, key, 0))
+        from_lower, from_upper, numbers, smallest, largest = tl.reduce(
+            (from_lower, from_upper, numbers, smallest, largest), 0, _sums_min_max
+        )
+        if from_upper >= target:
+            low, reached, number = upper, from_upper, (numbers >> 32).to(tl.int32)
+        else:
+            high, above, over = upper - 1, from_upper, (numbers >> 32).to(tl.int32)
+            if from_lower >= target:
+                low, reached, number = lower, from_lower, numbers.to(tl.int32)
+            else:
+                high, above, over = lower - 1, from_lower, numbers.to(tl.int32)
+        low, high = tl.maximum(low, smallest), tl.minimum(high, largest)
+        step += 1
+    return low, high, above, number - over
+
+
+@triton.jit
+def cut_in_list(
+    listed, own, count, row_max, rate, target, low, high, least_weight,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """(cut, last, found), from a list of which at most MOST lie from key `low` to key `high`: these are sorted, in the
+    room behind the list. The weights of the tokens kept are added to their groups' sums. found: the cut is among them.
+    """
+    written = tl.full((), 0, tl.int32)
+    for start in range(0, count, BLOCK):
+        key, weight, tokens = _load_entries(listed, start, count, row_max, rate, BLOCK)
+        kept = (key > high) & (weight > 0) & (weight >= least_weight)
+        tl.atomic_add(own + tokens // GROUP, weight, mask=kept, sem="relaxed")
+        between = (key >= low) & (key <= high)
+        slot = written + tl.cumsum(between.to(tl.int32), 0) - 1
+        tl.store(listed + LIST + slot, candidate(key, tokens), mask=between)
+        written += tl.sum(between.to(tl.int32))
+    tl.debug_barrier()  # other threads read what was written here
+    slots = tl.arange(0, MOST)
+    best = tl.sort(tl.load(listed + LIST + slots, mask=slots < written, other=-(2**63)), descending=True)
+    key, tokens = key_and_index(best)
+    weight = integer_weight(tl.minimum(value_of_key(key) - row_max, 0.0), rate)
+    weight = tl.where(slots < written, weight, 0)
+    before = tl.cumsum(weight, 0) - weight
+    kept = (before < target) & (slots < written)
+    tl.atomic_add(own + tokens // GROUP, weight, mask=kept & (weight >= least_weight), sem="relaxed")
+    here = slots == tl.sum(kept.to(tl.int32)) - 1
+    found = (target > 0) & (tl.sum(weight) >= target)
+    return tl.max(tl.where(here, key, 0)), tl.max(tl.where(here, tokens, 0)), found
 
 
 @triton.jit
 def cut_in_row(
-    logits, own, vocab_size, num_groups, max_key, row_max, rate, target, high, everything, above, least_weight,
+    logits, own, vocab_size, num_groups, row_max, rate, target, low, high, reached, above, least_weight,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """(cut, last) of top-p, where no list helps; the sums of each group's kept tokens are written anew."""
-    if above >= target:
-        high, above = max_key, above * 0
-    low, zero = tl.full((), 1, tl.uint32), tl.full((), 0, tl.uint32)
-    every = tl.full((), EVERY_TOKEN, tl.int32)
+    zero, every = tl.full((), 0, tl.uint32), tl.full((), EVERY_TOKEN, tl.int32)
     cut, last = search_row(
-        logits, vocab_size, row_max, rate, zero, every, target, low, high, everything, above, True, 4 * GROUP
+        logits, vocab_size, row_max, rate, zero, every, target, low, high, reached, above, True, GROUP
     )
-    _sum_groups(logits, own, vocab_size, num_groups, row_max, rate, cut, last, least_weight, GROUP)
-    tl.debug_barrier()  # the sums are read again, by other threads
+    for group in range(num_groups):
+        tokens, x, key = load_block(logits, group * GROUP, vocab_size, GROUP)
+        weight = kept_weight(tokens, x, key, row_max, rate, cut, last)
+        tl.store(own + group, tl.sum(tl.where(weight >= least_weight, weight, 0)))
     return cut, last

@@ -23,7 +23,12 @@ OPTIONS = (
 )
 
 
-CASES = ((torch.float32, 7, "normal"), (torch.float32, 150, "ties"), (torch.float16, 150, "normal"))
+CASES = (
+    (torch.float32, 7, "normal"),
+    (torch.float32, 32, "close"),
+    (torch.float32, 150, "ties"),
+    (torch.float16, 150, "normal"),
+)
 
 
 def rows(kind: str, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -31,6 +36,8 @@ def rows(kind: str, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
     if kind == "ties":
         x = x.round()
         x[0] = 1.0
+    if kind == "close":  # alike in all but the last bits
+        x = 1 + 1e-6 * x
     x[0, vocab_size // 2] = float("-inf")
     if kind == "ties":
         x[1, 5] = float("nan")
@@ -76,8 +83,13 @@ def main() -> None:
         force(path)
         for dtype, vocab_size, kind in CASES:
             x = rows(kind, vocab_size, dtype)
-            for k in {min(40, vocab_size), vocab_size} if path != "short list" else ():
+            for k in {1, min(40, vocab_size), vocab_size} if path != "short list" else ():
                 check_top_k(x, k)
+                calls += 1
+            if kind == "close" and path == "whole rows":
+                x[:, 3], x[:, 20] = float("inf"), float("nan")  # neighbours among the keys
+                check_top_k(x, 2)
+                x[:, 3], x[:, 20] = 1.0, 1.0
                 calls += 1
             for number, options in enumerate(OPTIONS):
                 if path == "short list" and "top_k" in options:

@@ -32,7 +32,7 @@ SCRATCH = {
     "num_chunks": "i32",
     "candidates": "*i64",
     "brackets": "*i32",
-    "counts": "*i32",
+    "counts": "*i64",
     "listed": "*i64",
 }
 SAMPLE = {"logits": "*bf16", "token_ids": "*i64", "logprobs": "*fp32", **ROW, **PARAMETERS, **SCRATCH}
@@ -40,8 +40,10 @@ TOP_K = {"x": "*fp32", "values": "*fp32", "indices": "*i64", "n": "i32", "k": "i
 FLAGS = {"PER_ROW": 0, "TOP_K": True, "TOP_P": True, "MIN_P": True, "LOGPROBS": True, "SUM_EXP": True, "MASS": True}
 
 LONG = {
-    "LIST": 2048,
-    "GROUPS": triton_sample.WEIGH_WARPS,
+    "LIST": 8192,
+    "BLOCK": 256,
+    "MOST": triton_sample.MOST_SORTED,
+    "GROUPS": triton_sample.WEIGH_GROUPS,
     "GROUP": triton_sample.GROUP,
     "NUM_CHUNKS": 8,
     "NUM_GROUPS": 64,
@@ -59,10 +61,10 @@ KERNELS = [
     ),
     (triton_top_p.find_bracket, SAMPLE, {"NUM_CHUNKS": 32, "SAMPLE": 16384}, 16),
     (triton_sample._find_cut, SAMPLE, {"NUM_CHUNKS": 32, "BLOCK": 1024}, 4),
-    (triton_top_p.weigh_groups, SAMPLE, {**LONG, "CUT": True, "TOP_P": False}, triton_sample.WEIGH_WARPS),
-    (triton_top_p.weigh_groups, SAMPLE, {**LONG, "CUT": False}, triton_sample.WEIGH_WARPS),
-    (triton_sample._draw_long, SAMPLE, {**LONG, "CUT": False}, triton_sample.DRAW_WARPS),
-    (triton_sample._draw_long, SAMPLE, {**LONG, "CUT": True, "TOP_P": False}, triton_sample.DRAW_WARPS),
+    (triton_top_p.weigh_groups, SAMPLE, {**LONG, "CUT": True, "TOP_P": False}, 1),
+    (triton_top_p.weigh_groups, SAMPLE, {**LONG, "CUT": False}, 1),
+    (triton_sample._draw_long, SAMPLE, {**LONG, "CUT": False}, 4),
+    (triton_sample._draw_long, SAMPLE, {**LONG, "CUT": True, "TOP_P": False}, 4),
     (triton_top_k._top_k_short, TOP_K, {"BITS": 32, "ROWS": 8, "BLOCK": 32}, triton_top_k.SORTED_WARPS),
     (
         triton_top_k._top_k_tile,
