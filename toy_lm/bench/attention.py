@@ -134,7 +134,7 @@ def implementations(names: Sequence[str], causal: bool, seqlen: int) -> dict[str
     if "SDPA" in names:
         found["SDPA"] = functools.partial(F.scaled_dot_product_attention, is_causal=causal)
     if "Flex" in names:
-        found["Flex"] = _flex_attention(causal, seqlen)
+        found["Flex"] = _flex_attention(causal)
     if "FA-4" in names:
         try:
             from flash_attn.cute.interface import flash_attn_func
@@ -149,14 +149,15 @@ def _sdpa(backend: SDPBackend, causal: bool, q: Tensor, k: Tensor, v: Tensor) ->
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def _flex_attention(causal: bool, seqlen: int) -> Attention:
+def _flex_attention(causal: bool) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask = None
-    if causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, seqlen, seqlen, device="cuda")
+    @functools.cache
+    def mask(seqlen: int):
+        return create_block_mask(lambda b, h, i, j: i >= j, None, None, seqlen, seqlen, device="cuda")
+
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask(q.shape[2]) if causal else None)
 
 
 def _flash_attention_4(flash_attn_func, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -185,8 +186,8 @@ def grid(peers: Sequence[str], seqlens: Sequence[int], measure: Callable[..., fl
                 for name, attention in implementations(peers, causal, seqlen).items():
                     try:
                         times = _forward_and_backward(name, attention, shape, measure)
-                    except (RuntimeError, torch.OutOfMemoryError) as error:
-                        print(f"{name} left out at {shape}: {str(error).splitlines()[0]}")
+                    except Exception as error:
+                        _leave_out(name, shape, error)
                         continue
                     forward[name] = 1e-9 * flops / times[0]
                     backward[name] = 2.5e-9 * flops / times[1]
@@ -218,10 +219,18 @@ def small(peers: Sequence[str], milliseconds: float):
             try:
                 eager[name] = 1e3 * median_ms(step, milliseconds)
                 graph[name] = 1e3 * do_bench_cudagraph(step, rep=milliseconds, return_mode="median")
-            except RuntimeError as error:
-                print(f"{name} left out at {shape}: {str(error).splitlines()[0]}")
+            except Exception as error:
+                _leave_out(name, shape, error)
         yield Cell(table="small, eager", size=str(shape), unit="us", values=eager)
         yield Cell(table="small, CUDA graph", size=str(shape), unit="us", values=graph)
+
+
+def _leave_out(name: str, shape: tuple[int, ...], error: Exception) -> None:
+    """Say that a peer does not take this shape, in whatever words it has for it; ours has to take all."""
+    if name == OURS:
+        raise error
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    print(f"{name} left out at {shape}: {first_line}")
 
 
 def _step(attention: Attention, inputs: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
@@ -263,7 +272,8 @@ def memory(peers: Sequence[str]):
             before = torch.cuda.memory_allocated()
             try:
                 _step(attention, inputs, dout)
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                _leave_out(name, (1, 8, seqlen, 128), error)
                 continue
             values[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
         yield Cell(table="peak memory", size=f"seqlen {seqlen}", unit="MiB", values=values)
