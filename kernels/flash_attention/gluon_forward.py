@@ -381,7 +381,7 @@ class Tile:
     stages: int
 
 
-# By (head_dim, causal); SHORT_TILES below LEAST_LONG keys. TFLOP/s on an H200, bf16, at 512 / 1024 / 2048 / 4096
+# By (head_dim, causal); SHORT_TILES below LEAST_LONG queries. TFLOP/s on an H200, bf16, at 512 / 1024 / 2048 / 4096
 # / 8192 / 16384 keys, 16384 tokens in all: 324 / 402 / 479 / 497 / 537 / 511, 197 / 270 / 377 / 448 / 482 / 496,
 # 502 / 599 / 648 / 669 / 670 / 648 and 302 / 454 / 565 / 615 / 646 / 682; the short tile of (64, True)
 # 246 / 331 / 392 / 428 / 449 / 458. Two consumers for (64, False): 347 / 378 / 422 / 432 / 431 / 432.
@@ -416,7 +416,7 @@ def forward(
     """
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tiles = TILES if k.shape[2] >= LEAST_LONG else SHORT_TILES
+    tiles = TILES if q.shape[2] >= LEAST_LONG else SHORT_TILES
     launch(q, k, v, out, lse, softmax_scale, causal, tiles[q.shape[-1], causal])
     return out, lse
 
