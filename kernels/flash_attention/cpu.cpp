@@ -1241,6 +1241,9 @@ TOY_LM_NOINLINE void decode_values(const float* p, const float* alpha, const Cac
   int64_t d = 0;
   for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair)
     decode_values_tile<kRows, kPairs>(p, alpha, v, keys, next, d, acc, padded_dim);
+  if constexpr (kPairs > 2)
+    for (; d + 2 * kPair <= padded_dim; d += 2 * kPair)
+      decode_values_tile<kRows, 2>(p, alpha, v, keys, next, d, acc, padded_dim);
   for (; d < padded_dim; d += kPair) decode_values_tile<kRows, 1>(p, alpha, v, keys, next, d, acc, padded_dim);
 }
 
