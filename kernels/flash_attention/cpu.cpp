@@ -1081,8 +1081,8 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
   const int64_t units = groups * ceil_div(longest_q, kChunk);
   const int64_t shares = std::clamp<int64_t>(ceil_div(kBackwardTasks, heads), 1, std::max<int64_t>(units, 1));
   const int64_t gradient = round_up(longest_k, kBlockN) * padded_dim;  // elements of one dk
-  Buffer<A> partials;  // [heads][shares][dk, dv][padded seqlen_k][padded_dim]
-  if (shares > 1) partials.at_least(heads * shares * 2 * gradient);
+  thread_local Buffer<A> buffer;  // [heads][shares][dk, dv][padded seqlen_k][padded_dim]
+  A* partials = shares > 1 ? buffer.at_least(heads * shares * 2 * gradient) : nullptr;
 
   const auto write = [&](int64_t index, int64_t kv_head, const A* dk, const A* dv) {
     const Sequence& sequence = problem.sequences[index];
@@ -1096,7 +1096,7 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
     [[maybe_unused]] const typename M::Session session;
     const int64_t share = task % shares, index = task / shares / num_kv_heads, kv_head = task / shares % num_kv_heads;
     const Sequence& sequence = problem.sequences[index];
-    A* dk = shares > 1 ? partials.at_least(0) + task * 2 * gradient : buffers.dk.at_least(gradient);
+    A* dk = shares > 1 ? partials + task * 2 * gradient : buffers.dk.at_least(gradient);
     A* dv = shares > 1 ? dk + gradient : buffers.dv.at_least(gradient);
     std::fill_n(dk, gradient, A{0});
     std::fill_n(dv, gradient, A{0});
@@ -1112,11 +1112,12 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
   if (shares == 1) return;
 
   for_each_task(heads, 2.5 * count_flops(problem), [&](int64_t task) {
-    A* sum = partials.at_least(0) + task * shares * 2 * gradient;
+    A* sum = partials + task * shares * 2 * gradient;
     for (int64_t share = 1; share < shares; ++share)
       for (int64_t i = 0; i < 2 * gradient; ++i) sum[i] += sum[share * 2 * gradient + i];
     write(task / num_kv_heads, task % num_kv_heads, sum, sum + gradient);
   });
+  buffer.release_if_large();
 }
 
 // Decoding: few queries, so that the cache is read once and every vector lies along head_dim. In fp32 throughout.
