@@ -149,6 +149,7 @@ class Decoder:
         self.ahead = self.steps * self.state[4]  # by how much each row's position has grown before each of them
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by their number of steps
         self.num_eager = 0
+        self.unchecked = True  # has no step been taken with this cache and these weights?
 
     def join(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
         """Begin with these prompts, token ids each, none empty, in these rows."""
@@ -238,8 +239,9 @@ class Decoder:
         token_ids, drawn = self.state[0], []
         for number, position in zip(numbers[:-1], positions[:-1], strict=True):
             logits = kernels.decode_step(  # token ids -> model (attention op) -> logits
-                token_ids, position, cache.k, cache.v, self.weights, norm_eps=self.config.norm_eps
+                token_ids, position, cache.k, cache.v, self.weights, norm_eps=self.config.norm_eps, check=self.unchecked
             )
+            self.unchecked = False
             if self.vocab_size < logits.shape[1]:
                 logits = logits[:, : self.vocab_size]
             new = kernels.sample(  # logits -> sampler op -> token ids

@@ -79,6 +79,7 @@ def decode_step(
     weights: DecodeWeights,
     *,
     norm_eps: float,
+    check: bool = True,
 ) -> Tensor:
     """Logits (batch, vocab_size) fp32 of the token after token_ids, each at its position; writes its keys and values.
 
@@ -88,14 +89,17 @@ def decode_step(
     k_cache, v_cache  (num_layers, batch, num_kv_heads, capacity, head_dim), contiguous, in the weights' dtype; written
                       at `positions`, read up to there
     weights           see `DecodeWeights`
+    check             False: what a call with the same weights and caches has found right is not looked at again. A
+                      check takes the host 12 us, and 40 where the weights have driven it out of the cache
 
     Sums are fp32 on every device. A sequence's logits do not depend on the batch around it. Has no derivatives.
 
     Raises ValueError naming the argument, what it got and what it allows.
     """
-    _check(token_ids, positions, k_cache, v_cache, weights)
+    if check:
+        _check(token_ids, positions, k_cache, v_cache, weights)
     ensure(token_ids.device.type)
-    return torch.ops.kernels.decode_step(token_ids, positions, k_cache, v_cache, *weights, norm_eps)
+    return torch.ops.kernels.decode_step.default(token_ids, positions, k_cache, v_cache, *weights, norm_eps)
 
 
 def _check(token_ids: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, weights: DecodeWeights) -> None:

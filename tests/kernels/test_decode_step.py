@@ -133,7 +133,8 @@ def test_graph_replay_equals_eager():
         token_ids.copy_(torch.randint(375, (4,), generator=generator))
         positions.copy_(torch.randint(130, (4,), generator=generator))
         graph.replay()
-        assert torch.equal(logits, kernels.decode_step(token_ids, positions, *caches, weights, norm_eps=EPS))
+        again = kernels.decode_step(token_ids, positions, *caches, weights, norm_eps=EPS, check=False)
+        assert torch.equal(logits, again)
 
 
 def test_bad_arguments_are_named():

@@ -173,7 +173,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch):
     def follow(script: list[int]) -> None:
         remaining = iter(script)
 
-        def decode_step(token_ids, positions, k_cache, v_cache, weights, *, norm_eps):
+        def decode_step(token_ids, positions, k_cache, v_cache, weights, *, norm_eps, check):
             logits = torch.zeros(len(token_ids), len(weights.embedding), device=token_ids.device)
             token_id = next(remaining)
             logits[:, token_id] = 100.0 if token_id >= 0 else 0.0
