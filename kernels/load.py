@@ -93,14 +93,14 @@ def _load(device_type: str, patient: bool) -> Binding:
     """`load`; if not patient, what launches CUDA's kernels from C++ is left to a process of its own to compile."""
     global _launch_build
     with _lock:
-        if device_type == "cuda" and _launch_build is not None and (patient or _launch_build.poll() is not None):
-            _launch_build.wait()
+        running = _launch_build
+        if device_type == "cuda" and running is not None and (patient or running.poll() is not None):
+            running.wait()
             _launch_build = None
             for library in _libraries.pop("cuda"):
                 library._destroy()
-            del _bindings["cuda"]
-            patient = True
-        if device_type not in _bindings:
+            _bindings["cuda"] = _bind("cuda", patient=True)
+        elif device_type not in _bindings:
             _bindings[device_type] = _bind(device_type, patient)
     return _bindings[device_type]
 
