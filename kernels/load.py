@@ -80,13 +80,14 @@ _libraries: dict[str, list[torch.library.Library]] = {}  # by device; one unregi
 _launch_build: "subprocess.Popen | None" = None  # runs `build_launch` while CUDA's kernels are launched from Python
 
 
-def load(device: str | torch.device) -> Binding:
+def load(device: str | torch.device, wait: bool = True) -> Binding:
     """Compile and bind every kernel for `device` now, and return what was bound (`.line` says it in one line).
 
+    wait   False: as at an op's first call, what launches CUDA's kernels from C++ is compiled in the background
     Raises ValueError for a device these kernels do not run on, RuntimeError where the device is absent, and BuildError
     if `TOY_LM_KERNELS=fused` and the kernels cannot be built.
     """
-    return _load(torch.device(device).type, patient=True)
+    return _load(torch.device(device).type, patient=wait)
 
 
 def _load(device_type: str, patient: bool) -> Binding:

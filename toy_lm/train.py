@@ -142,7 +142,7 @@ def train(
         with workers.first_alone():
             text = data.open_corpus(corpus)
             trainer = _resumed(text, out, execution) if resume else _begun(text, preset, out, execution)
-        log(kernels.load(where).line)
+        log(kernels.load(where, wait=False).line)
         log(trainer.describe())
         last_step = trainer.config.num_steps if stop_after is None else min(stop_after, trainer.config.num_steps)
         with _interrupts() as interrupted, _profiled(out / "trace.json", profile) as step_done:

@@ -69,6 +69,7 @@ WEIGH_GROUPS = 4
 SAMPLE_PART, MAX_SAMPLE = 16, 8192  # a bracket is found from one token in so many
 LIST_PART, MAX_LIST = 4, 2**16  # one token in so many may be within it: there is room for them
 LIST_BLOCKS, MOST_SORTED = 32, 256  # blocks in which a full list is read; tokens left of it in the end
+DRAW_REGISTERS = 64  # a thread, at most, so that the programs of 1024 rows are at work at once
 PER_SAMPLE_WARP, PER_GROUPS_WARP = 1024, 1024  # elements that a warp holds: few wait for many
 
 
@@ -448,4 +449,4 @@ def _group_by_group(job: _Job) -> None:
     block = min(max(256, list_length // LIST_BLOCKS), 1024)
     constants |= {"BLOCK": block, "MOST": min(MOST_SORTED, GROUP)}
     warps = max(4, block // 128) if cut_by_mass else 4
-    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, warps)
+    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, warps, DRAW_REGISTERS)

@@ -259,9 +259,12 @@ def blocks(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def launch(kernel: Any, programs: int, arguments: tuple, constants: dict, num_warps: int) -> None:
+def launch(
+    kernel: Any, programs: int, arguments: tuple, constants: dict, num_warps: int, maxnreg: int | None = None
+) -> None:
     """kernel[(programs,)](*arguments, **constants), reported to `kernels.launch`; constants are the last parameters."""
-    compiled = kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+    options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": False}
+    compiled = kernel[(programs,)](*arguments, **constants, **options)
     launched(compiled, (programs,), (*arguments, *constants.values()))
 
 

@@ -365,22 +365,24 @@ def _load_entries(listed, start, count, row_max, rate, BLOCK: tl.constexpr):
 @triton.jit
 def narrow_by_list(listed, count, row_max, rate, target, low, high, BLOCK: tl.constexpr, MOST: tl.constexpr):
     """(low, high, above, number): a narrower bracket with MOST tokens in it or fewer, unless they are all equal; of the
-    tokens listed, those above it have the sum `above`.
+    tokens listed, those above it have the sum `above`. number = 0: it is not known whether the cut is among them.
 
-    Listed are the tokens from key `low` to key `high`. The first read of the list adds up all of it and its upper half.
-    If values have about equal shares, the cut now lies where it should within 2 / sqrt(number): the second read tries
-    the two values that far to both sides. The third tries the two in a quarter and in three quarters, and so on. Each
-    also finds the smallest and the largest key of the bracket it began with, so that few values need few reads.
+    Listed are the tokens from key `low` to key `high`. If values have about equal shares, the cut lies where it should
+    within 2 / sqrt(number): the first read of the list tries the two values that far to both sides, the second the two
+    in a quarter and in three quarters, and so on. Each also finds the smallest and the largest key of the bracket it
+    began with, so that few values need few reads.
     """
     reached, above = target * 0, target * 0
+    middle_value = value_of_key(_key_at(low, high, 0.5, True))
+    all_listed = count * integer_weight(tl.minimum(middle_value - row_max, 0.0), rate)  # about
     number, over = count, count * 0  # how many are from low on; how many above high
     step = tl.full((), 0, tl.int32)
     while (number - over > MOST) & (low < high):
-        guess = step % 2 == 1
-        middle = tl.where(guess, _part_to(target, reached, above), 0.5)
+        guess = step % 2 == 0
+        middle = tl.where(guess, _part_to(target, tl.where(reached > 0, reached, all_listed), above), 0.5)
         off = tl.where(guess, 2.0 / tl.sqrt((number - over).to(tl.float32)), 0.25)
         lower, upper = _key_at(low, high, middle - off, guess), _key_at(low, high, middle + off, guess)
-        lower, upper = tl.where(step == 0, low, lower), tl.where(step == 0, _key_at(low, high, 0.5, True), upper)
+        lower = tl.where(middle <= off, low, lower)
         from_lower, from_upper = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
         numbers = tl.zeros((BLOCK,), tl.int64)  # from the lower key on; times 2^32, from the upper key on
         smallest, largest = tl.full((BLOCK,), TOP, tl.uint32), tl.full((BLOCK,), 0, tl.uint32)
@@ -404,7 +406,8 @@ def narrow_by_list(listed, count, row_max, rate, target, low, high, BLOCK: tl.co
                 high, above, over = lower - 1, from_lower, numbers.to(tl.int32)
         low, high = tl.maximum(low, smallest), tl.minimum(high, largest)
         step += 1
-    return low, high, above, number - over
+    known = (number - over <= MOST) | (reached > 0)  # or all may lie above the cut
+    return low, high, above, tl.where(known, number - over, 0)
 
 
 @triton.jit
