@@ -170,6 +170,6 @@ def bind_reference(library: torch.library.Library) -> None:
 
 def bind_cuda(library: torch.library.Library) -> None:
     """Register the Triton launchers; Triton is imported here, where a CUDA kernel is first needed."""
-    from kernels.decode_step import triton_decode_step
+    from kernels.decode_step import dispatch
 
-    library.impl("decode_step", triton_decode_step.decode_step)
+    library.impl("decode_step", dispatch.decode_step)

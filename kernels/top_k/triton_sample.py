@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from kernels.top_k.op import empty_results
 from kernels.top_k.triton_select import (
@@ -137,6 +138,8 @@ def _sample_tile(
 
     GROUP = 0: the tile is the whole row. Otherwise it is the TILE / GROUP groups that hold the row's best.
     """
+    if cuda_capability_geq(9):
+        tl.extra.cuda.gdc_launch_dependents()  # what comes next may load its weights meanwhile, if it is made to
     row = tl.program_id(0).to(tl.int64)
     allowed, greedy, temperature, k, p, least_weight, seed, step = _row_parameters(
         row, vocab_size, temperature, top_k, top_p, min_p, seed, step,

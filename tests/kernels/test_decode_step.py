@@ -12,6 +12,9 @@ SHAPES = [
     (1, 40, 6, 3, 20, 52, 301, 33),
     (3, 128, 4, 4, 32, 256, 375, 130),
     (2, 96, 3, 1, 64, 113, 257, 300),
+    (2, 128, 2, 1, 64, 192, 300, 300),  # this and the following ones: for Hopper's own kernels
+    (1, 256, 4, 2, 64, 128, 130, 90),
+    (2, 384, 6, 6, 64, 1024, 256, 700),
 ]
 EPS = 1e-6
 
@@ -101,16 +104,23 @@ def check_against_the_definition(given, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_sequence_does_not_depend_on_its_batch(device: str, dtype: torch.dtype):
-    token_ids, positions, k_cache, v_cache, weights = arguments(SHAPES[2], 17, dtype, device)
-    # 17 are more than a tile of any kernel holds.
-    alone = []
-    for row in range(17):
-        caches = [cache[:, row : row + 1].clone() for cache in (k_cache, v_cache)]
-        one = slice(row, row + 1)
-        alone.append(kernels.decode_step(token_ids[one], positions[one], *caches, weights, norm_eps=EPS))
-    together = kernels.decode_step(token_ids, positions, k_cache, v_cache, weights, norm_eps=EPS)
-    assert torch.equal(together, torch.cat(alone))
+@pytest.mark.parametrize(
+    ("shape", "batch_sizes"),
+    [(SHAPES[2], (17,)), ((1, 384, 6, 6, 64, 128, 130, 300), (3, 17, 30, 60, 100))],  # more than any tile holds
+    ids=str,
+)
+def test_a_sequence_does_not_depend_on_its_batch(
+    device: str, shape: tuple[int, ...], batch_sizes: tuple[int, ...], dtype: torch.dtype
+):
+    token_ids, positions, k_cache, v_cache, weights = arguments(shape, batch_sizes[-1], dtype, device)
+
+    def step(rows: slice) -> torch.Tensor:
+        caches = [cache[:, rows].contiguous() for cache in (k_cache, v_cache)]
+        return kernels.decode_step(token_ids[rows], positions[rows], *caches, weights, norm_eps=EPS)
+
+    alone = torch.cat([step(slice(row, row + 1)) for row in range(batch_sizes[-1])])
+    for batch_size in batch_sizes:
+        assert torch.equal(step(slice(batch_size)), alone[:batch_size])
 
 
 def test_opcheck():
