@@ -12,6 +12,7 @@ Knows the model's weights and the ops; knows nothing of text or tokenizers.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,8 @@ import kernels
 from toy_lm.model import KVCache, Transformer
 
 _STEPS_BEFORE_CAPTURE = 2  # libraries allocate their workspaces, Triton compiles
-_STEPS_AT_ONCE = 8
+# Between two graphs the GPU has nothing to do for tens of microseconds; the more steps in one, the longer its launch.
+_STEPS_AT_ONCE = (1, 4, 16, 64)
 _LEAST_PROMPT = 64  # tokens that a graph reads; the next one reads twice as many
 _PADDING = 32  # windows that differ by fewer tokens than this are read together
 _TOKENS_AT_ONCE = 16384  # that are read together: a bound on the memory it takes
@@ -145,7 +147,7 @@ class Decoder:
         self.seeds, self.joined = [0] * batch_size, [0] * batch_size  # of each text: its seed, its prompt's length
         self.changed = False  # does the device lack something that the host knows of the rows?
         self.state = torch.zeros((5, batch_size), dtype=torch.int64, device=device)  # a step's whole input, see `_tell`
-        self.steps = torch.arange(_STEPS_AT_ONCE + 1, device=device)[:, None]
+        self.steps = torch.arange(_STEPS_AT_ONCE[-1] + 1, device=device)[:, None]
         self.ahead = self.steps * self.state[4]  # by how much each row's position has grown before each of them
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by their number of steps
         self.num_eager = 0
@@ -218,11 +220,12 @@ class Decoder:
     def _steps(self, most: int) -> tuple[Tensor, Tensor]:
         """The tokens (batch, count) of some steps, not more than `most`, and the logits of the last."""
         if not self.reader.captures:
-            return self._run(min(most, _STEPS_AT_ONCE))
+            return self._run(min(most, _STEPS_AT_ONCE[-1]))
         if self.num_eager < _STEPS_BEFORE_CAPTURE:
             self.num_eager += 1
             return self._run(1)
-        count = _STEPS_AT_ONCE if most >= _STEPS_AT_ONCE else 1
+        # The remainder first: the GPU begins at once, and is busy while the host launches what takes longer.
+        count = next((few for few, more in itertools.pairwise(_STEPS_AT_ONCE) if most % more), _STEPS_AT_ONCE[-1])
         if count not in self.graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

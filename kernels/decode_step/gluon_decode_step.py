@@ -51,6 +51,7 @@ WARPS = gl.constexpr(gl.BlockedLayout([8, 1, 2], [1, 1, 32], [1, 8, 1], [2, 1, 0
 PLAIN_1D = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PLAIN_2D = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 SWIZZLED_2D = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))  # rows of 64 without bank conflicts
+UPRIGHT = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [0, 1]))  # columns of fp32, written by rows, likewise
 SWIZZLED_3D = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
 
 
@@ -116,15 +117,15 @@ def _multiply_all(w, x):
 
 @gluon.jit
 def _wait_for_x(
-    token_ptr, x_ptr, parts_ptr, new_x_ptr, norm_ptr, first, batch, writes, eps,
+    token_ptr, x_ptr, parts_ptr, new_x_ptr, norm_ptr, squares, first, batch, writes, eps,
     SEQUENCES: gl.constexpr, WIDTH: gl.constexpr, PARTS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Wait until it is this kernel's turn. x is what x_ptr [batch, DIM] and parts_ptr [PARTS, batch, DIM] add up to, or
     if there are tokens, their rows of x_ptr; who `writes` leaves it in new_x_ptr. Returns the norm of the program's
-    sequences of it, bf16, each as often as makes WIDTH: [WIDTH, BLOCK]."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout(
-        [1, 2 if SEQUENCES == 1 else 4], [1, 32], [min(SEQUENCES, 8), 8 // min(SEQUENCES, 8)], [1, 0]
-    )
+    sequences of it, bf16, each as often as makes WIDTH: [WIDTH, BLOCK]. squares: room for [SEQUENCES, BLOCK / 64]."""
+    WARPS_DOWN: gl.constexpr = min(SEQUENCES, 8)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS_DOWN, 8 // WARPS_DOWN], [1, 0])
+    SUMS: gl.constexpr = gl.BlockedLayout([1, 2, BLOCK // 64], [1, 32, 1], [WARPS_DOWN, 8 // WARPS_DOWN, 1], [2, 1, 0])
     row = first + gl.arange(0, SEQUENCES, gl.SliceLayout(1, LAYOUT))
     column = gl.arange(0, BLOCK, gl.SliceLayout(0, LAYOUT))
     mask = (row < batch)[:, None] & (column < DIM)[None, :]
@@ -141,8 +142,10 @@ def _wait_for_x(
         x = gl.load(x_ptr + token[:, None] * DIM + column[None, :], mask=mask, other=0.0).to(gl.float32)
     if new_x_ptr is not None:
         gl.store(new_x_ptr + at, x, mask=mask & writes)
-    exact = x.to(gl.float64)  # so that the order of the sum does not matter
-    factor = gl.rsqrt((gl.sum(exact * exact, axis=1) * (1.0 / DIM)).to(gl.float32) + eps)
+    # 64 squares are added up by a warp, and those sums by each thread: in the same order whatever SEQUENCES is.
+    squares.store(gl.sum(gl.reshape(x * x, [SEQUENCES, BLOCK // 64, 64]), axis=2))
+    total = gl.sum(squares.load(gl.SliceLayout(1, SUMS)), axis=1)
+    factor = gl.convert_layout(gl.rsqrt(total * (1.0 / DIM) + eps), gl.SliceLayout(1, LAYOUT))
     normed = (x * factor[:, None] * scale[None, :]).to(gl.bfloat16)
     SHAPE: gl.constexpr = [SEQUENCES, WIDTH // SEQUENCES, BLOCK]
     normed = gl.reshape(normed, [SEQUENCES, 1, BLOCK])
@@ -251,11 +254,24 @@ def attend(
     head, first = gl.program_id(0), gl.program_id(1) * SEQUENCES
     kv_head = head // (num_heads // num_kv_heads)
 
-    # Before it is this kernel's turn: weights, older keys and values.
+    # Side by side, not one in place of another: that would take more barriers.
     o_slots = gl.allocate_shared_memory(gl.bfloat16, [DIM // ROWS, ROWS, HEAD_DIM], SWIZZLED_2D)
-    _copy_rows(o_ptr + head * HEAD_DIM, o_slots, num_heads * HEAD_DIM)
     k_slots = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, KEYS // 16, 16, HEAD_DIM], SWIZZLED_3D)
     v_slots = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, KEYS // 16, 16, HEAD_DIM], SWIZZLED_3D)
+    x = gl.allocate_shared_memory(gl.bfloat16, [COLUMNS, BLOCK], SWIZZLED_2D)
+    x_pairs = gl.allocate_shared_memory(gl.bfloat16, [BLOCK // 64, COLUMNS, 64], SWIZZLED_3D)
+    qk_rows = gl.allocate_shared_memory(gl.float32, [ROWS, COLUMNS], UPRIGHT)
+    v_rows = gl.allocate_shared_memory(gl.float32, [ROWS, COLUMNS], UPRIGHT)  # two sums of 64
+    queries = gl.allocate_shared_memory(gl.bfloat16, [16, HEAD_DIM], SWIZZLED_2D)  # one a column; 8 rows are not used
+    new_values = gl.allocate_shared_memory(gl.float32, [COLUMNS, HEAD_DIM], PLAIN_2D)
+    new_scores = gl.allocate_shared_memory(gl.float32, [COLUMNS], PLAIN_1D)
+    maxima = gl.allocate_shared_memory(gl.float32, [8, COLUMNS], PLAIN_2D)
+    sums = gl.allocate_shared_memory(gl.float32, [8, COLUMNS], PLAIN_2D)
+    attended = gl.allocate_shared_memory(gl.bfloat16, [COLUMNS, HEAD_DIM], SWIZZLED_2D)
+    squares = gl.allocate_shared_memory(gl.float32, [SEQUENCES, BLOCK // 64], PLAIN_2D)
+
+    # Before it is this kernel's turn: weights, older keys and values.
+    _copy_rows(o_ptr + head * HEAD_DIM, o_slots, num_heads * HEAD_DIM)
     num_copies = 0
     for i in gl.static_range(SEQUENCES):
         older = gl.load(position_ptr + first + i, mask=first + i < batch, other=0)
@@ -278,11 +294,9 @@ def attend(
     cos, sin = gl.load(cos_ptr + angle), gl.load(sin_ptr + angle)
     q_low, q_high = gl.load(q_norm_ptr + half).to(gl.float32), gl.load(q_norm_ptr + 32 + half).to(gl.float32)
     k_low, k_high = gl.load(k_norm_ptr + half).to(gl.float32), gl.load(k_norm_ptr + 32 + half).to(gl.float32)
-    x = gl.allocate_shared_memory(gl.bfloat16, [COLUMNS, BLOCK], SWIZZLED_2D)
-    x_pairs = gl.allocate_shared_memory(gl.bfloat16, [BLOCK // 64, COLUMNS, 64], SWIZZLED_3D)
 
     h = _wait_for_x(
-        token_ptr, x_ptr, parts_ptr, new_x_ptr, norm_ptr, first, batch, head == 0, eps,
+        token_ptr, x_ptr, parts_ptr, new_x_ptr, norm_ptr, squares, first, batch, head == 0, eps,
         SEQUENCES, COLUMNS, PARTS, DIM, BLOCK,
     )  # fmt: skip
     x.store(h)
@@ -293,8 +307,6 @@ def attend(
     for i in gl.static_range(DIM // 128):
         pair = x_pairs.slice(2 * i, 2, dim=0).permute((0, 2, 1)).load(gl.DotOperandLayout(1, PAIR, 2))
         v += mma_v2(v_w[i], pair, zero)
-    qk_rows = gl.allocate_shared_memory(gl.float32, [ROWS, COLUMNS], PLAIN_2D)
-    v_rows = gl.allocate_shared_memory(gl.float32, [ROWS, COLUMNS], PLAIN_2D)  # two sums of 64
     qk_rows.store(qk)
     v_rows.store(gl.reshape(v, [ROWS, COLUMNS]))
 
@@ -315,9 +327,6 @@ def attend(
     gl.store(k_ptr + at + 32, k1, mask=writes)
     gl.store(v_ptr + at, v0, mask=writes)
     gl.store(v_ptr + at + 32, v1, mask=writes)
-    queries = gl.allocate_shared_memory(gl.bfloat16, [16, HEAD_DIM], SWIZZLED_2D)  # one a column; 8 rows are not used
-    new_values = gl.allocate_shared_memory(gl.float32, [COLUMNS, HEAD_DIM], PLAIN_2D)
-    new_scores = gl.allocate_shared_memory(gl.float32, [COLUMNS], PLAIN_1D)
     queries.slice(0, COLUMNS).store(_side_by_side(q0, q1))
     new_values.store(_side_by_side(v0, v1).to(gl.float32))
     new_scores.store(new_score)
@@ -355,8 +364,6 @@ def attend(
 
     # What the warps have, and the newest key and value.
     accs = gl.allocate_shared_memory(gl.float32, [8, COLUMNS, HEAD_DIM], SWIZZLED_3D)
-    maxima = gl.allocate_shared_memory(gl.float32, [8, COLUMNS], PLAIN_2D)
-    sums = gl.allocate_shared_memory(gl.float32, [8, COLUMNS], PLAIN_2D)
     accs.store(_first_half(acc))
     maxima.store(_first_half(row_max))
     sums.store(_first_half(row_sum))
@@ -368,7 +375,6 @@ def attend(
     total = gl.convert_layout(gl.sum(row_sum * alpha, axis=0) + new_p, COLUMN)
     out = gl.sum(accs.load(WARPS) * alpha[:, :, None], axis=0)
     out += gl.convert_layout(new_p, COLUMN)[:, None] * new_values.load(gl.SliceLayout(0, WARPS))
-    attended = gl.allocate_shared_memory(gl.bfloat16, [COLUMNS, HEAD_DIM], SWIZZLED_2D)
     attended.store((out / total[:, None]).to(gl.bfloat16))
     async_copy.wait_group(0)
     for i in gl.static_range(DIM // ROWS):
@@ -397,22 +403,23 @@ def mlp(
     gdc_launch_dependents()
     chunk, first = gl.program_id(0), gl.program_id(1) * SEQUENCES
     down_slots = gl.allocate_shared_memory(gl.bfloat16, [DIM // ROWS, ROWS, UNITS], SWIZZLED_2D)
+    x = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, BLOCK], SWIZZLED_2D)
+    units = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, UNITS], SWIZZLED_2D)
+    squares = gl.allocate_shared_memory(gl.float32, [SEQUENCES, BLOCK // 64], PLAIN_2D)
     _copy_rows(down_ptr + chunk * UNITS, down_slots, MLP_DIM)
     r = gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
     # A gate is 8 rows from its up: where one thread has both.
     gate_up_row = chunk * UNITS + r // 16 * 8 + r % 8 + gl.where(r % 16 >= 8, MLP_DIM, 0)
     gate_up_w = _load_rows(gate_up_ptr, gate_up_row, DIM, DIM // 64)
-    x = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, BLOCK], SWIZZLED_2D)
 
     h = _wait_for_x(
-        None, x_ptr, parts_ptr, new_x_ptr, norm_ptr, first, batch, chunk == 0, eps,
+        None, x_ptr, parts_ptr, new_x_ptr, norm_ptr, squares, first, batch, chunk == 0, eps,
         SEQUENCES, WIDTH, PARTS, DIM, BLOCK,
     )  # fmt: skip
     x.store(h)
     gate_up = gl.reshape(_multiply_all(gate_up_w, x), [8, 2, 8, WIDTH])
     gate, up = gl.split(gl.permute(gate_up, (0, 2, 3, 1)))
     hidden = gl.reshape((gate / (1.0 + gl.exp(-gate)) * up).to(gl.bfloat16), [UNITS, WIDTH])
-    units = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, UNITS], SWIZZLED_2D)
     units.store(gl.permute(hidden, (1, 0)))
     async_copy.wait_group(0)
     for i in gl.static_range(DIM // ROWS):
@@ -430,19 +437,33 @@ def logits(
     batch,
     vocab_size,
     eps,
-    SEQUENCES: gl.constexpr,
-    WIDTH: gl.constexpr,
+    SEQUENCES: gl.constexpr,  # of a program: 1 or 8
     PARTS: gl.constexpr,
     DIM: gl.constexpr,
     BLOCK: gl.constexpr,
 ):
     """No other kernel starts before this one has ended: the next step reads the keys that this one has written."""
     start, first = gl.program_id(0) * ROWS, gl.program_id(1) * SEQUENCES
+    x = gl.allocate_shared_memory(gl.bfloat16, [COLUMNS, BLOCK], SWIZZLED_2D)
+    squares = gl.allocate_shared_memory(gl.float32, [SEQUENCES, BLOCK // 64], PLAIN_2D)
     row = gl.minimum(start + gl.arange(0, ROWS, gl.SliceLayout(1, TILE)), vocab_size - 1)
     w = _load_rows(embedding_ptr, row.to(gl.int64), DIM, DIM // 64)
-    x = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, BLOCK], SWIZZLED_2D)
     h = _wait_for_x(
-        None, x_ptr, parts_ptr, None, norm_ptr, first, batch, False, eps, SEQUENCES, WIDTH, PARTS, DIM, BLOCK
+        None,
+        x_ptr,
+        parts_ptr,
+        None,
+        norm_ptr,
+        squares,
+        first,
+        batch,
+        False,
+        eps,
+        SEQUENCES,
+        COLUMNS,
+        PARTS,
+        DIM,
+        BLOCK,
     )
     x.store(h)
     _store(out_ptr, _multiply_all(w, x), start, vocab_size, first, batch, SEQUENCES)
@@ -506,8 +527,9 @@ def decode_step(
             after_attention, of_heads, x, post_norm[layer], gate_up[layer], down[layer], of_units, batch, norm_eps,
             mlp_dim, columns, width, num_heads, **options,
         )  # fmt: skip
+    columns = min(columns, COLUMNS.value)
     logits[(triton.cdiv(vocab_size, ROWS.value), triton.cdiv(batch, columns))](
-        x, of_units, final_norm, embedding, out, batch, vocab_size, norm_eps, columns, width, num_chunks, **options
+        x, of_units, final_norm, embedding, out, batch, vocab_size, norm_eps, columns, num_chunks, **options
     )
     return out
 

@@ -40,8 +40,7 @@ def test_weights_are_loaded_before_it_is_the_kernels_turn(name: str, sequences: 
     from kernels.decode_step import gluon_decode_step
 
     constants = {"SEQUENCES": sequences, "PARTS": 6, **NANOGPT}
-    constants |= {"token_ptr": None, **HEADS} if name == "attend" else {"WIDTH": 8}
-    constants |= {"MLP_DIM": 1024} if name == "mlp" else {}
+    constants |= {"attend": {"token_ptr": None, **HEADS}, "mlp": {"MLP_DIM": 1024, "WIDTH": 8}, "logits": {}}[name]
     compiled = compile_kernel(getattr(gluon_decode_step, name), constants)
     before, after = disassemble(compiled, tmp_path).split("ACQBULK")  # griddepcontrol.wait
     used = resources(compiled)

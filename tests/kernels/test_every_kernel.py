@@ -1,4 +1,4 @@
-"""Launch every attention and sampling kernel of a GPU at small, odd sizes: something to watch under compute-sanitizer.
+"""Launch every attention, sampling and decoding kernel of a GPU at small, odd sizes: something to watch under compute-sanitizer.
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1   # so that the end of a tensor is the end of an allocation
     compute-sanitizer --tool memcheck python -m tests.kernels.test_every_kernel
@@ -11,6 +11,7 @@ warpgroup writes and the others read, a barrier between.
 import torch
 
 import kernels
+from tests.kernels.test_decode_step import EPS, arguments
 
 HOPPER = [(1, 2, 1, 517, head_dim) for head_dim in (128, 64)]  # batch, num_heads, num_kv_heads, seqlen, head_dim
 GOING_ROUND = (1, 1, 1, 4100, 64)  # the backward pass of a long sequence without a causal mask
@@ -44,6 +45,9 @@ def test_every_kernel_can_be_launched(device: str) -> None:
         kernels.top_k(logits, 20)
         for options in ({}, {"top_k": 10}, {"top_p": 0.9}, {"min_p": 0.05}):
             kernels.sample(logits, temperature=0.8, seed=1, **options)
+    for head_dim, dtype in ((64, torch.bfloat16), (32, torch.bfloat16), (32, torch.float32)):
+        for batch_size in (1, 3, 100):
+            take_a_step(device, batch_size, head_dim, dtype)
     if device == "cuda":
         torch.cuda.synchronize()  # a fault is reported here, not in another test
 
@@ -54,6 +58,12 @@ def attend(device: str, shape: tuple[int, int, int, int, int], dtype: torch.dtyp
     q, k, v = (torch.randn(batch_size, n, seqlen, head_dim, device=device, dtype=dtype) for n in heads)
     out = kernels.flash_attention(*(x.requires_grad_() for x in (q, k, v)), **options)
     out.backward(torch.randn_like(out))
+
+
+def take_a_step(device: str, batch_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Of a decoder: with heads of 64 in bf16, Hopper's own kernels."""
+    given = arguments((2, 128, 2, 1, head_dim, 192, 300, 150), batch_size, dtype, device)
+    kernels.decode_step(*given, norm_eps=EPS)
 
 
 if __name__ == "__main__":
