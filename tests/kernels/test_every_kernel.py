@@ -1,4 +1,4 @@
-"""Launch every attention, sampling and decoding kernel of a GPU at small, odd sizes: something to watch under compute-sanitizer.
+"""Launch every attention, sampling and decoding kernel of a GPU at small, odd sizes, for compute-sanitizer to watch.
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1   # so that the end of a tensor is the end of an allocation
     compute-sanitizer --tool memcheck python -m tests.kernels.test_every_kernel
