@@ -31,7 +31,7 @@ from toy_lm.model import Transformer
 from toy_lm.tokenizer import Tokenizer
 
 TOP_K = 40
-WARMUP_TOKENS = 32  # enough for whatever is compiled or captured
+WARMUP_TOKENS = 128  # enough for whatever is compiled or captured, ours as graphs of 1, 4, 16 and 64 steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
