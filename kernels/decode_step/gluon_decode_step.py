@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_DIM = 384  # W_qkv's rows of one head then take 144 of a thread's 255 registers
-MAX_PARTS = 32
+MAX_PARTS = 32  # that whoever reads x adds up, each a load of its own
 NUM_WARPS = 8
 HEAD_DIM = gl.constexpr(64)
 UNITS = gl.constexpr(64)  # hidden units of a program
@@ -138,7 +138,7 @@ def _wait_for_x(
         for part in gl.static_range(PARTS):
             x += gl.load(parts_ptr + part * batch * DIM + at, mask=mask, other=0.0, cache_modifier=".cg")
     else:
-        token = gl.maximum(gl.load(token_ptr + row, mask=row < batch, other=0), 0)
+        token = gl.maximum(gl.load(token_ptr + row, mask=row < batch, other=0, cache_modifier=".cg"), 0)
         x = gl.load(x_ptr + token[:, None] * DIM + column[None, :], mask=mask, other=0.0).to(gl.float32)
     if new_x_ptr is not None:
         gl.store(new_x_ptr + at, x, mask=mask & writes)
@@ -510,7 +510,9 @@ def decode_step(
     of_units = embedding.new_empty((num_chunks, batch, dim), dtype=torch.float32)
     out = embedding.new_empty((batch, vocab_size), dtype=torch.float32)
 
-    # As few sequences a program as leave every program a multiprocessor: they share its weights, but take turns.
+    # As few sequences a program as leave every program a multiprocessor: they share its weights, but take turns. On an
+    # H200, nanoGPT's shape, a step at position 128 takes, by the sequences of an `attend` and an `mlp`, in us:
+    # of 64 texts (2, 8) 150, (4, 8) 107, (8, 8) 120, (8, 16) 106; of 256 (4, 8) 364, (8, 8) 327, (8, 16) 289.
     num_processors = _num_processors(embedding.device)
     sequences = next((n for n in (1, 2, 4) if num_heads * triton.cdiv(batch, n) <= num_processors), 8)
     columns = 1 if batch == 1 else 8 if num_chunks * triton.cdiv(batch, 8) <= num_processors else 16
