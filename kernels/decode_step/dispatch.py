@@ -38,7 +38,7 @@ def decode_step(
     if torch.cuda.get_device_capability(embedding.device) == (9, 0):
         from kernels.decode_step import gluon_decode_step
 
-        if gluon_decode_step.supports(embedding, qkv, o, down, k_cache):
+        if gluon_decode_step.supports(embedding, qkv, o, down, k_cache, v_cache):
             return gluon_decode_step.decode_step(*state, *weights, norm_eps)
     scales = (qkv_scale, o_scale, gate_up_scale, down_scale)
     return triton_decode_step.decode_step(*state, *weights, *scales, norm_eps)

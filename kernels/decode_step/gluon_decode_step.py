@@ -469,8 +469,9 @@ def logits(
     _store(out_ptr, _multiply_all(w, x), start, vocab_size, first, batch, SEQUENCES)
 
 
-def supports(embedding: Tensor, qkv: Tensor, o: Tensor, down: Tensor, k_cache: Tensor) -> bool:
-    """Whether a program's registers hold its weights, and the matrix units take them as they are."""
+def supports(embedding: Tensor, qkv: Tensor, o: Tensor, down: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether a program's registers hold its weights, the matrix units take them as they are, and what is copied to
+    shared memory lies at multiples of 16 bytes."""
     dim, mlp_dim, head_dim = embedding.shape[1], down.shape[2], k_cache.shape[-1]
     return (
         qkv.dtype == torch.bfloat16
@@ -479,6 +480,7 @@ def supports(embedding: Tensor, qkv: Tensor, o: Tensor, down: Tensor, k_cache: T
         and dim <= MAX_DIM
         and mlp_dim % UNITS.value == 0
         and max(mlp_dim // UNITS.value, o.shape[2] // head_dim) <= MAX_PARTS
+        and all(x.data_ptr() % 16 == 0 for x in (o, down, k_cache, v_cache))
     )
 
 

@@ -53,6 +53,23 @@ def test_weights_are_loaded_before_it_is_the_kernels_turn(name: str, sequences: 
     assert ("PREEXIT" in before) == (name != "logits")  # griddepcontrol.launch_dependents
 
 
+def test_what_they_take():
+    from kernels.decode_step.gluon_decode_step import supports
+
+    def taken(shape, dtype=torch.bfloat16, int8=False, offset=0) -> bool:
+        _, _, k_cache, v_cache, weights = arguments(shape, 1, dtype, "cpu")
+        weights = weights.to_int8() if int8 else weights
+        moved = torch.empty(v_cache.numel() + offset, dtype=dtype)[offset:].view(v_cache.shape)
+        return supports(weights.embedding, weights.qkv, weights.o, weights.down, k_cache, moved)
+
+    for shape in SHAPES[-3:]:
+        assert taken(shape)
+        assert not taken(shape, dtype=torch.float32) and not taken(shape, int8=True) and not taken(shape, offset=1)
+    assert not any(taken(shape) for shape in SHAPES[:-3])
+    num_layers, dim, *rest = SHAPES[-1]
+    assert not taken((num_layers, dim + 128, *rest))
+
+
 @pytest.mark.gpu
 def test_hopper_kernels_are_chosen_by_the_model_alone(monkeypatch: pytest.MonkeyPatch):
     if torch.cuda.get_device_capability() != (9, 0):
