@@ -56,16 +56,22 @@ SWIZZLED_3D = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
 
 
 @gluon.jit
-def _load_rows(w_ptr, row, stride, NUMBER: gl.constexpr):
-    """Rows `row` [ROWS], NUMBER times 64 columns, as left operands: a tuple of [ROWS, 64]."""
-    at = w_ptr + row[:, None] * stride + gl.arange(0, 64, gl.SliceLayout(0, TILE))[None, :]
+def _load_operands(at, STEP: gl.constexpr, NUMBER: gl.constexpr, PRODUCT: gl.constexpr):
+    """What is `at` these places and NUMBER - 1 times STEP further on, as left operands: a tuple."""
     loaded: gl.tuple = ()
     operands: gl.tuple = ()
     for i in gl.static_range(NUMBER):
-        loaded += (gl.load(at + i * 64),)
+        loaded += (gl.load(at + i * STEP),)
     for i in gl.static_range(NUMBER):
-        operands += (gl.convert_layout(loaded[i], gl.DotOperandLayout(0, ACC, 2)),)
+        operands += (gl.convert_layout(loaded[i], gl.DotOperandLayout(0, PRODUCT, 2)),)
     return operands
+
+
+@gluon.jit
+def _load_rows(w_ptr, row, stride, NUMBER: gl.constexpr):
+    """Rows `row` [ROWS], NUMBER times 64 columns, as left operands: a tuple of [ROWS, 64]."""
+    at = w_ptr + row[:, None] * stride + gl.arange(0, 64, gl.SliceLayout(0, TILE))[None, :]
+    return _load_operands(at, 64, NUMBER, ACC)
 
 
 @gluon.jit
@@ -76,13 +82,7 @@ def _load_half_as_many_rows(w_ptr, first, stride, NUMBER: gl.constexpr):
     row = first + gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(2, TILE_PAIR)))
     column = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, TILE_PAIR)))
     at = w_ptr + row[None, :, None] * stride + half[:, None, None] * 64 + column[None, None, :]
-    loaded: gl.tuple = ()
-    operands: gl.tuple = ()
-    for i in gl.static_range(NUMBER):
-        loaded += (gl.load(at + i * 128),)
-    for i in gl.static_range(NUMBER):
-        operands += (gl.convert_layout(loaded[i], gl.DotOperandLayout(0, PAIR, 2)),)
-    return operands
+    return _load_operands(at, 128, NUMBER, PAIR)
 
 
 @gluon.jit
