@@ -84,6 +84,7 @@ def load(device: str | torch.device, wait: bool = True) -> Binding:
     """Compile and bind every kernel for `device` now, and return what was bound (`.line` says it in one line).
 
     wait   False: as at an op's first call, what launches CUDA's kernels from C++ is compiled in the background
+
     Raises ValueError for a device these kernels do not run on, RuntimeError where the device is absent, and BuildError
     if `TOY_LM_KERNELS=fused` and the kernels cannot be built.
     """

@@ -28,6 +28,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.decode_step.op import DecodeWeights
+
 MAX_DIM = 384  # W_qkv's rows of one head then take 144 of a thread's 255 registers
 MAX_PARTS = 32  # that whoever reads x adds up, each a load of its own
 NUM_WARPS = 8
@@ -469,44 +471,29 @@ def logits(
     _store(out_ptr, _multiply_all(w, x), start, vocab_size, first, batch, SEQUENCES)
 
 
-def supports(embedding: Tensor, qkv: Tensor, o: Tensor, down: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+def supports(weights: DecodeWeights, k_cache: Tensor, v_cache: Tensor) -> bool:
     """Whether a program's registers hold its weights, the matrix units take them as they are, and what is copied to
     shared memory lies at multiples of 16 bytes."""
-    dim, mlp_dim, head_dim = embedding.shape[1], down.shape[2], k_cache.shape[-1]
+    dim, mlp_dim, head_dim = weights.embedding.shape[1], weights.down.shape[2], k_cache.shape[-1]
     return (
-        qkv.dtype == torch.bfloat16
+        weights.qkv.dtype == torch.bfloat16
         and head_dim == HEAD_DIM.value
         and dim % ROWS.value == 0
         and dim <= MAX_DIM
         and mlp_dim % UNITS.value == 0
-        and max(mlp_dim // UNITS.value, o.shape[2] // head_dim) <= MAX_PARTS
-        and all(x.data_ptr() % 16 == 0 for x in (o, down, k_cache, v_cache))
+        and max(mlp_dim // UNITS.value, weights.o.shape[2] // head_dim) <= MAX_PARTS
+        and all(x.data_ptr() % 16 == 0 for x in (weights.o, weights.down, k_cache, v_cache))
     )
 
 
 def decode_step(
-    token_ids: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    embedding: Tensor,
-    input_norm: Tensor,
-    qkv: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    o: Tensor,
-    post_norm: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    final_norm: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    norm_eps: float,
+    token_ids: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, weights: DecodeWeights, norm_eps: float
 ) -> Tensor:
     """See `kernels.decode_step`; takes what `supports` says."""
+    w, embedding = weights, weights.embedding
     num_layers, batch, num_kv_heads, capacity, head_dim = k_cache.shape
-    (vocab_size, dim), num_heads = embedding.shape, o.shape[2] // head_dim
-    mlp_dim, num_chunks = down.shape[2], down.shape[2] // UNITS.value
+    (vocab_size, dim), num_heads = embedding.shape, w.o.shape[2] // head_dim
+    mlp_dim, num_chunks = w.down.shape[2], w.down.shape[2] // UNITS.value
     x, after_attention = embedding.new_empty((2, batch, dim), dtype=torch.float32)
     of_heads = embedding.new_empty((num_heads, batch, dim), dtype=torch.float32)
     of_units = embedding.new_empty((num_chunks, batch, dim), dtype=torch.float32)
@@ -523,17 +510,17 @@ def decode_step(
     for layer in range(num_layers):
         before = (None, x, of_units) if layer else (token_ids, embedding, None)
         attend[(num_heads, triton.cdiv(batch, sequences))](
-            *before, after_attention, input_norm[layer], qkv[layer], q_norm[layer], k_norm[layer], cos, sin, positions,
-            k_cache[layer], v_cache[layer], o[layer], of_heads, batch, capacity, norm_eps,
+            *before, after_attention, w.input_norm[layer], w.qkv[layer], w.q_norm[layer], w.k_norm[layer], w.cos, w.sin,
+            positions, k_cache[layer], v_cache[layer], w.o[layer], of_heads, batch, capacity, norm_eps,
             LOG2_E.value / head_dim**0.5, num_heads, num_kv_heads, sequences, num_chunks if layer else 0, **options,
         )  # fmt: skip
         mlp[(num_chunks, triton.cdiv(batch, columns))](
-            after_attention, of_heads, x, post_norm[layer], gate_up[layer], down[layer], of_units, batch, norm_eps,
-            mlp_dim, columns, width, num_heads, **options,
+            after_attention, of_heads, x, w.post_norm[layer], w.gate_up[layer], w.down[layer], of_units, batch,
+            norm_eps, mlp_dim, columns, width, num_heads, **options,
         )  # fmt: skip
     columns = min(columns, COLUMNS.value)
     logits[(triton.cdiv(vocab_size, ROWS.value), triton.cdiv(batch, columns))](
-        x, of_units, final_norm, embedding, out, batch, vocab_size, norm_eps, columns, num_chunks, **options
+        x, of_units, w.final_norm, embedding, out, batch, vocab_size, norm_eps, columns, num_chunks, **options
     )
     return out
 

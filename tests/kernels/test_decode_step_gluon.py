@@ -60,7 +60,7 @@ def test_what_they_take():
         _, _, k_cache, v_cache, weights = arguments(shape, 1, dtype, "cpu")
         weights = weights.to_int8() if int8 else weights
         moved = torch.empty(v_cache.numel() + offset, dtype=dtype)[offset:].view(v_cache.shape)
-        return supports(weights.embedding, weights.qkv, weights.o, weights.down, k_cache, moved)
+        return supports(weights, k_cache, moved)
 
     for shape in SHAPES[-3:]:
         assert taken(shape)
