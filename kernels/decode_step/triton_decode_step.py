@@ -31,15 +31,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_K = {torch.float32: 64, torch.bfloat16: 1024}  # columns of weights at a time
-# Keys at a time and warps of `attend`. On an H200, nanoGPT's shape in bf16, a step at positions 0, 128 and 255 takes,
-# in us, for one sequence and for 64: (64, 4) 57 68 78 and 127 157 185; (128, 4) 58 66 73 and 132 162 195;
-# (64, 8) 59 72 85 and 132 183 232; (256, 8) 58 70 70 and 147 208 218.
-BLOCK_T, ATTEND_WARPS = 64, 4
+BLOCK_K = {torch.float32: 64, torch.bfloat16: 2048}  # columns of weights at a time
+# Numbers of keys at a time, and warps, of `attend`. On an H200, the preset `small` in bf16 (head_dim 64), a step takes
+# by keys at a time and warps, in us, at positions 0, 200 and 400 for one sequence, and at 200 for 8 and for 64: (64, 4)
+# 168 196 220, 238, 751; (128, 4) 173 194 214, 219, 766; (128, 8) 177 193 208, 221, 893; (256, 8) 179 195 209, 221, 916;
+# (64, 2) 168 214 250, 246, 763. Those of 128 need all registers there are.
+KEY_NUMBERS, ATTEND_WARPS = 4096, 4
 PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
 SPLITS = {torch.float32: 1, torch.bfloat16: 4}
-NUM_WARPS = 4
 ROWS = 16  # of a product, a program
+LOWEST = tl.constexpr(-1e30)  # -inf less -inf is not a number
 
 
 @triton.jit
@@ -108,16 +109,15 @@ def _product(
 @triton.jit
 def _factor(squares, eps, dim: tl.constexpr):
     """1 / rms"""
-    return 1.0 / tl.sqrt_rn((squares / dim).to(tl.float32) + eps)
+    return tl.rsqrt((squares * (1.0 / dim)).to(tl.float32) + eps)
 
 
 @triton.jit
-def _factors(squares_ptr, rows, batch, eps, dim: tl.constexpr, TILES: tl.constexpr, SHARE: tl.constexpr):
-    """1 / rms of these rows of x, from the sums of squares [., batch] of SHARE numbers each"""
+def _squares(squares_ptr, rows, batch, dim: tl.constexpr, TILES: tl.constexpr, SHARE: tl.constexpr):
+    """Of these rows of x, the sums of squares of SHARE numbers each: [TILES, rows]"""
     tile = tl.arange(0, TILES)
     mask = (tile * SHARE < dim)[:, None] & (rows < batch)[None, :]
-    squares = tl.load(squares_ptr + tile[:, None] * batch + rows[None, :], mask=mask, other=0.0)
-    return _factor(tl.sum(squares, axis=0), eps, dim)
+    return tl.load(squares_ptr + tile[:, None] * batch + rows[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -178,8 +178,9 @@ def _linear(
     rows = _sequences(BATCH)
     w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
+    squares = _squares(squares_ptr, rows, batch, dim, TILES, ROWS)  # on their way while x is
     acc = _product(w, w_ptr, w_scale_ptr, n, n < size, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
-    acc *= _factors(squares_ptr, rows, batch, eps, dim, TILES, ROWS)[None, :]
+    acc *= _factor(tl.sum(squares, axis=0), eps, dim)[None, :]
     mask = (n < size)[:, None] & (rows < batch)[None, :]
     tl.store(out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], acc, mask=mask)
 
@@ -249,24 +250,29 @@ def _attend(
         tl.store(k_cache_ptr + (line + position) * HEAD_DIM + offs, k, mask=inside)
         tl.store(v_cache_ptr + (line + position) * HEAD_DIM + offs, v, mask=inside)
 
-    row_max = tl.sum(k.to(tl.float32) * q, axis=0)  # scores in powers of two; the new key's is the first
-    row_sum = 1.0
-    acc = v.to(tl.float32)
+    # Each line of a tile has a softmax of its own, so that no thread waits for another before the last tile.
+    row_max = tl.full([BLOCK_T], LOWEST, tl.float32)  # scores in powers of two
+    row_sum = tl.zeros([BLOCK_T], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for start in range(0, position, BLOCK_T):
-        s = tl.sum(k_tile.to(tl.float32) * q[None, :], axis=1)  # [BLOCK_T]
+        s = tl.sum(k_tile.to(tl.float32) * q[None, :], axis=1)
         s = tl.where(start + keys < position, s, float("-inf"))
-        values = v_tile.to(tl.float32)
+        values = v_tile
         at += BLOCK_T * HEAD_DIM
         mask = (start + BLOCK_T + keys < position)[:, None] & inside[None, :]
         k_tile = tl.load(k_cache_ptr + at, mask=mask, other=0.0)
         v_tile = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
-        new_max = tl.maximum(row_max, tl.max(s, axis=0))
-        alpha = tl.exp2(row_max - new_max)
-        p = tl.exp2(s - new_max)
-        row_sum = row_sum * alpha + tl.sum(p, axis=0)
-        acc = acc * alpha + tl.sum(p[:, None] * values, axis=0)
+        new_max = tl.maximum(row_max, s)
+        alpha, p = tl.exp2(row_max - new_max), tl.exp2(s - new_max)
+        row_sum = row_sum * alpha + p
+        acc = acc * alpha[:, None] + p[:, None] * values.to(tl.float32)
         row_max = new_max
-    out = (acc / row_sum).to(out_ptr.dtype.element_ty)
+
+    new_score = tl.sum(k.to(tl.float32) * q, axis=0)
+    total_max = tl.maximum(tl.max(row_max, axis=0), new_score)
+    alpha, new_p = tl.exp2(row_max - total_max), tl.exp2(new_score - total_max)
+    total = tl.sum(row_sum * alpha, axis=0) + new_p
+    out = ((tl.sum(acc * alpha[:, None], axis=0) + v.to(tl.float32) * new_p) / total).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (sequence * num_heads + head) * HEAD_DIM + offs, out, mask=inside)
 
 
@@ -296,8 +302,9 @@ def _gate_up(
     rows = _sequences(BATCH)
     w = _weights(w_ptr, n, in_n, 0, dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
+    squares = _squares(squares_ptr, rows, batch, dim, TILES, ROWS)  # on their way while x is
     acc = _product(w, w_ptr, w_scale_ptr, n, in_n, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
-    acc *= _factors(squares_ptr, rows, batch, eps, dim, TILES, ROWS)[None, :]
+    acc *= _factor(tl.sum(squares, axis=0), eps, dim)[None, :]
     gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, acc.shape[1]]), (0, 2, 1)))
     hidden = gate / (1.0 + tl.exp(-gate)) * up
     unit = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
@@ -377,14 +384,15 @@ def decode_step(
 
     overlap = _can_overlap(embedding.device)
     early = {"OVERLAP": overlap, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
-    tiles = triton.next_power_of_2(len(squares))
+    tiles, block_d = triton.next_power_of_2(len(squares)), triton.next_power_of_2(head_dim)
 
     def product(rows: int, columns: int) -> tuple[tuple[int, int], dict]:
         """The grid and the tile of a product with weights of this size."""
         tile = _tile(batch, dtype)
         block_k = min(BLOCK_K[dtype], triton.next_power_of_2(max(columns, 64)))
         sizes = {"BATCH": tile, "ROWS": ROWS, "BLOCK_K": block_k, "SPLITS": SPLITS[dtype], "DTYPE": PRODUCT[dtype]}
-        return (triton.cdiv(rows, ROWS), triton.cdiv(batch, tile)), {**sizes, "num_warps": NUM_WARPS, **early}
+        num_warps = 8 if block_k > 1024 else 4
+        return (triton.cdiv(rows, ROWS), triton.cdiv(batch, tile)), {**sizes, "num_warps": num_warps, **early}
 
     def linear(w: Tensor, scale: Tensor | None, out: Tensor) -> None:
         grid, options = product(len(w), dim)
@@ -404,7 +412,7 @@ def decode_step(
         _attend[(batch, num_heads)](
             projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, attended,
             capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, num_heads, num_kv_heads, HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_T=BLOCK_T, num_warps=ATTEND_WARPS, **early,
+            BLOCK_D=block_d, BLOCK_T=KEY_NUMBERS // block_d, num_warps=ATTEND_WARPS, **early,
         )  # fmt: skip
         add(attended, o[layer], of_o, post_norm[layer])
         grid, options = product(2 * mlp_dim, dim)
