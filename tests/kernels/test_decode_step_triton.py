@@ -99,6 +99,7 @@ def test_compiles_for_every_card(
             used = any(instruction in compiled.asm["ptx"] for instruction in matrix_units)
             assert used == (dtype == torch.bfloat16), name  # in fp32 they would round to tf32
         assert ("griddepcontrol" in compiled.asm["ptx"]) == (capability >= 90), name
+        assert "div.rn.f64" not in compiled.asm["ptx"], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
