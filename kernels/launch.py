@@ -162,6 +162,11 @@ class Watch(TorchDispatchMode):
         return owners[0], x.data_ptr() - self.slots[owners[0]].data_ptr()
 
 
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before still runs, for whose end it then waits itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def _count(_metadata: object) -> None:
     watch = getattr(_watching, "watch", None)
     if watch is not None:

@@ -444,7 +444,7 @@ def logits(
     DIM: gl.constexpr,
     BLOCK: gl.constexpr,
 ):
-    """No other kernel starts before this one has ended: the next step reads the keys that this one has written."""
+    """No other kernel starts before this one's turn: the next step reads the keys that this step's kernels wrote."""
     start, first = gl.program_id(0) * ROWS, gl.program_id(1) * SEQUENCES
     x = gl.allocate_shared_memory(gl.bfloat16, [COLUMNS, BLOCK], SWIZZLED_2D)
     squares = gl.allocate_shared_memory(gl.float32, [SEQUENCES, BLOCK // 64], PLAIN_2D)
@@ -467,6 +467,7 @@ def logits(
         DIM,
         BLOCK,
     )
+    gdc_launch_dependents()
     x.store(h)
     _store(out_ptr, _multiply_all(w, x), start, vocab_size, first, batch, SEQUENCES)
 

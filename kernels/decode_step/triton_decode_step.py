@@ -31,6 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import can_overlap
+
 BLOCK_K = {torch.float32: 64, torch.bfloat16: 2048}  # columns of weights at a time
 # Numbers of keys at a time, and warps, of `attend`. On an H200, the preset `small` in bf16 (head_dim 64), a step takes
 # by keys at a time and warps, in us, at positions 0, 200 and 400 for one sequence, and at 200 for 8 and for 64: (64, 4)
@@ -382,7 +384,7 @@ def decode_step(
     hidden = embedding.new_empty((batch, mlp_dim))
     logits = embedding.new_empty((batch, vocab_size), dtype=torch.float32)
 
-    overlap = _can_overlap(embedding.device)
+    overlap = can_overlap(embedding.device)
     early = {"OVERLAP": overlap, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
     tiles, block_d = triton.next_power_of_2(len(squares)), triton.next_power_of_2(head_dim)
 
@@ -429,7 +431,3 @@ def _tile(batch: int, dtype: torch.dtype) -> int:
     if dtype == torch.float32:
         return 8
     return 1 if batch == 1 else 8 if batch <= 8 else 16
-
-
-def _can_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -139,6 +139,7 @@ def _sample_tile(
     GROUP = 0: the tile is the whole row. Otherwise it is the TILE / GROUP groups that hold the row's best.
     """
     if cuda_capability_geq(9):
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # what comes next may load its weights meanwhile, if it is made to
     row = tl.program_id(0).to(tl.int64)
     allowed, greedy, temperature, k, p, least_weight, seed, step = _row_parameters(
@@ -395,7 +396,7 @@ def _whole_row(job: _Job) -> None:
         "NUM_GROUPS": 0,
         "NUM_CHUNKS": 0,
     }
-    launch(_sample_tile, batch, arguments, constants, tile_warps(tile))
+    launch(_sample_tile, batch, arguments, constants, tile_warps(tile), early=True)
 
 
 def _best_groups(job: _Job) -> None:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import launched
+from kernels.launch import can_overlap, launched
 from kernels.top_k import reference
 
 WEIGHT_ONE = tl.constexpr(2.0**reference.WEIGHT_BITS)
@@ -260,10 +260,21 @@ def blocks(n: int, size: int) -> int:
 
 
 def launch(
-    kernel: Any, programs: int, arguments: tuple, constants: dict, num_warps: int, maxnreg: int | None = None
+    kernel: Any,
+    programs: int,
+    arguments: tuple,
+    constants: dict,
+    num_warps: int,
+    maxnreg: int | None = None,
+    early: bool = False,
 ) -> None:
-    """kernel[(programs,)](*arguments, **constants), reported to `kernels.launch`; constants are the last parameters."""
+    """kernel[(programs,)](*arguments, **constants), reported to `kernels.launch`; constants are the last parameters.
+
+    early: where kernels may overlap, this one is launched while the one before still runs, for whose end it waits.
+    """
     options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": False}
+    if early and can_overlap(arguments[0].device):
+        options["launch_pdl"] = True
     compiled = kernel[(programs,)](*arguments, **constants, **options)
     launched(compiled, (programs,), (*arguments, *constants.values()))
 

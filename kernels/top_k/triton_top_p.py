@@ -301,7 +301,7 @@ def weigh_groups(
             if MIN_P:
                 tl.store(place + batch * num_groups, _sum(kept))
             all_weights += tl.sum(weight, axis=0)
-            inside = (x >= value_of_key(low)) & (above == 0)
+            inside = (x >= value_of_key(low)) & (x <= value_of_key(high))
             second = (group - first_group) % 2
             bits |= tl.sum(tl.where(inside, tl.full((), 1, tl.int32) << runs, 0), axis=0) << (second * (GROUP // 32))
             if (second == 1) | (group + 1 == end):

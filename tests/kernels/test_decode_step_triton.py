@@ -87,7 +87,7 @@ def test_compiles_for_every_card(
     recorders = {name: Recorder(getattr(module, name)) for name in KERNELS}
     for name, recorder in recorders.items():
         monkeypatch.setattr(module, name, recorder)
-    monkeypatch.setattr(module, "_can_overlap", lambda device: capability >= 90)
+    monkeypatch.setattr(module, "can_overlap", lambda device: capability >= 90)
     *tensors, weights = arguments((1, 384, 6, 6, 64, 1024, 256, 256), batch, dtype, "cpu")
     weights = weights.to_int8() if int8 else weights
     module.decode_step(*tensors, *weights, EPS)
