@@ -151,6 +151,7 @@ def _add_generate(jobs) -> None:
     job.add_argument("--top-p", type=float, help="draw from the fewest tokens that together reach probability p")
     job.add_argument("--min-p", type=float, help="draw from tokens at least this fraction as likely as the likeliest")
     job.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    job.add_argument("--stop", metavar="TEXT", help=r"end where this text would begin, as '\n\n'")
     job.add_argument("--show-top-k", type=int, default=0, metavar="N", help="print the N candidates behind each token")
     job.add_argument(
         "--dtype",
@@ -172,6 +173,7 @@ def _generate(options: argparse.Namespace) -> None:
     lm = toy_lm.load(options.run, device=options.device, attention=options.attention, dtype=dtype, int8=options.int8)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     settings = {name: getattr(options, name) for name in names}
+    settings["stop"] = None if options.stop is None else options.stop.replace("\\n", "\n")
     if options.show_top_k:
         for step in lm.steps(prompt, num_candidates=options.show_top_k, **settings):
             shown = [f"{lm.tokenizer.decode([token_id])!r} {p:.3f}" for token_id, p in step.candidates]

@@ -32,6 +32,8 @@ from toy_lm.tokenizer import Tokenizer
 
 EMPTY_PROMPT = "\n"  # what the model is given where the prompt is empty: the text begins after a line's end
 
+_STOP_EVERY = 64  # tokens of every text between two looks for `stop`: each look waits for the device
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
@@ -81,59 +83,91 @@ class LanguageModel:
         self.reader = PromptReader(self.model)
         self._kept: dict[tuple[int, Sampling], Decoder] = {}
 
-    def generate(self, prompt: str, *, max_new_tokens: int = 200, num_samples: int = 1, **sampling) -> list[str]:
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 200,
+        num_samples: int = 1,
+        stop: str | None = None,
+        **sampling,
+    ) -> list[str]:
         """num_samples continuations of the prompt, without the prompt itself.
 
-        sampling: the fields of `Sampling`. The same arguments give the same texts; sample i is what seed + i gives
-        alone. Bytes that are not UTF-8 come out as U+FFFD; a character left unfinished at the very end is left out.
+        stop: a text ends before the first `stop` in it. sampling: the fields of `Sampling`. The same arguments give the
+        same texts; sample i is what seed + i gives alone. Bytes that are not UTF-8 come out as U+FFFD; a character left
+        unfinished at the very end is left out.
 
         Raises ValueError for bad input, FloatingPointError if the model's logits are not finite.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples: got {num_samples}, needs 1 or more")
         settings = Sampling(**sampling)
-        return self._texts([prompt] * num_samples, max_new_tokens, settings, _seeds(settings, num_samples))
+        return self._texts([prompt] * num_samples, max_new_tokens, stop, settings, _seeds(settings, num_samples))
 
-    def generate_batch(self, prompts: Sequence[str], *, max_new_tokens: int = 200, **sampling) -> list[str]:
+    def generate_batch(
+        self, prompts: Sequence[str], *, max_new_tokens: int = 200, stop: str | None = None, **sampling
+    ) -> list[str]:
         """A continuation of each prompt: the same as `generate` gives for it alone."""
         if not prompts:
             raise ValueError("prompts: got none, needs 1 or more")
         settings = Sampling(**sampling)
-        return self._texts(prompts, max_new_tokens, settings, _seeds(settings, 1) * len(prompts))
+        return self._texts(prompts, max_new_tokens, stop, settings, _seeds(settings, 1) * len(prompts))
 
-    def stream(self, prompt: str, *, max_new_tokens: int = 200, **sampling) -> Iterator[str]:
+    def stream(self, prompt: str, *, max_new_tokens: int = 200, stop: str | None = None, **sampling) -> Iterator[str]:
         """The text that `generate` returns, piece by piece as the tokens come, never half a character."""
-        for step in self.steps(prompt, max_new_tokens=max_new_tokens, **sampling):
+        for step in self.steps(prompt, max_new_tokens=max_new_tokens, stop=stop, **sampling):
             if step.text:
                 yield step.text
 
-    def steps(self, prompt: str, *, max_new_tokens: int = 200, num_candidates: int = 0, **sampling) -> Iterator[Step]:
+    def steps(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 200,
+        num_candidates: int = 0,
+        stop: str | None = None,
+        **sampling,
+    ) -> Iterator[Step]:
         """Token by token: each with the `num_candidates` likeliest tokens that the model saw in its place."""
         if not 0 <= num_candidates <= self.tokenizer.vocab_size:
             allowed = f"0 to {self.tokenizer.vocab_size}, the vocabulary"
             raise ValueError(f"num_candidates: got {num_candidates}, needs {allowed}")
         settings = Sampling(**sampling)
-        decoder = Utf8Decoder(self.tokenizer)
-        for token_ids, logits in self._tokens([prompt], max_new_tokens, settings, _seeds(settings, 1), at_once=1):
+        decoder = TextDecoder(self.tokenizer, stop)
+        tokens = self._tokens([prompt], max_new_tokens, settings, _seeds(settings, 1), at_once=1)
+        for number, (token_ids, logits) in enumerate(tokens, 1):
             token_id = int(token_ids.item())
-            self.check([[token_id]])
+            self.check([[token_id]], number - 1)
             probability, candidates = float("nan"), []
             if num_candidates:
                 probabilities = logits[0].float().softmax(dim=-1)
                 values, indices = kernels.top_k(probabilities, num_candidates)
                 probability = probabilities[token_id].item()
                 candidates = list(zip(indices.tolist(), values.tolist(), strict=True))
-            yield Step(token_id=token_id, text=decoder.decode(token_id), probability=probability, candidates=candidates)
+            text = decoder.decode(token_id, last=number == max_new_tokens)
+            yield Step(token_id=token_id, text=text, probability=probability, candidates=candidates)
+            if decoder.stopped:
+                return
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """prompt -> tokenizer -> token ids; an empty prompt stands for a line's end."""
         return self.tokenizer.encode(prompt or EMPTY_PROMPT)
 
-    def _texts(self, prompts: Sequence[str], max_new_tokens: int, settings: Sampling, seeds: list[int]) -> list[str]:
-        new = [token_ids for token_ids, _ in self._tokens(prompts, max_new_tokens, settings, seeds)]
-        rows = torch.cat(new, dim=1).tolist() if new else [[] for _ in prompts]
-        self.check(rows)
-        return [Utf8Decoder(self.tokenizer).decode(*row) for row in rows]  # token ids -> text
+    def _texts(
+        self, prompts: Sequence[str], max_new_tokens: int, stop: str | None, settings: Sampling, seeds: list[int]
+    ) -> list[str]:
+        decoders = [TextDecoder(self.tokenizer, stop) for _ in prompts]
+        texts = [""] * len(prompts)
+        num_tokens = 0
+        for new, _ in self._tokens(prompts, max_new_tokens, settings, seeds, _STOP_EVERY if stop else sys.maxsize):
+            rows = new.tolist()
+            self.check(rows, num_tokens)
+            num_tokens += new.shape[1]
+            texts = [text + decoder.decode(*row) for text, decoder, row in zip(texts, decoders, rows, strict=True)]
+            if all(decoder.stopped for decoder in decoders):
+                break
+        return [text + decoder.decode(last=True) for text, decoder in zip(texts, decoders, strict=True)]
 
     def _tokens(
         self,
@@ -170,25 +204,43 @@ class LanguageModel:
             decoder.leave(range(batch_size))
             self._kept[key] = decoder
 
-    def check(self, rows: Iterable[Sequence[int]]) -> None:
+    def check(self, rows: Iterable[Sequence[int]], num_before: int = 0) -> None:
         """The sampler marks a row of logits that it cannot draw from with -1."""
         for number, row in enumerate(rows):
             if -1 in row:
                 raise FloatingPointError(
-                    f"the model's logits are not finite at new token {row.index(-1)} of text {number}; "
+                    f"the model's logits are not finite at new token {num_before + row.index(-1)} of text {number}; "
                     "its weights may be damaged, or too large for the precision"
                 )
 
 
-class Utf8Decoder:
-    """Token ids, a few at a time -> text, held back until a character is whole."""
+class TextDecoder:
+    """Token ids, a few at a time -> text, held back until a character is whole, and while it may be part of `stop`.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    Raises ValueError if stop is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | None = None) -> None:
+        if stop == "":
+            raise ValueError("stop: got '', needs one character or more, or None")
+        self.tokenizer, self.stop = tokenizer, stop
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held = ""
+        self.stopped = False  # was `stop` met? Nothing comes after it
 
-    def decode(self, *token_ids: int) -> str:
-        return self.utf8.decode(self.tokenizer.decode_bytes(token_ids))
+    def decode(self, *token_ids: int, last: bool = False) -> str:
+        """The text that these tokens complete; last: no more will come."""
+        if self.stopped:
+            return ""
+        text = self.held + self.utf8.decode(self.tokenizer.decode_bytes(token_ids))
+        if self.stop is None:
+            return text
+        text, found, _ = text.partition(self.stop)
+        self.stopped = found != ""
+        may_begin = [] if last or found else range(len(self.stop) - 1, 0, -1)
+        begun = next((length for length in may_begin if text.endswith(self.stop[:length])), 0)
+        self.held = text[len(text) - begun :]
+        return text[: len(text) - begun]
 
 
 def _seeds(settings: Sampling, num_samples: int) -> list[int]:

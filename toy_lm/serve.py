@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from toy_lm.decode import Decoder, Sampling
-from toy_lm.generate import LanguageModel, Utf8Decoder
+from toy_lm.generate import LanguageModel, TextDecoder
 
 STEPS_BETWEEN = 4  # tokens of every text between two looks at who joins and leaves
 
@@ -26,6 +26,7 @@ class Request:
     prompt: str
     max_new_tokens: int
     seed: int
+    decoder: TextDecoder
     text: str = ""  # what was generated, never half a character
     num_tokens: int = 0  # that were drawn
     state: str = "waiting"  # then "running"; at last "done", "cancelled", or "failed": its logits were not finite
@@ -45,11 +46,13 @@ class Server:
             raise ValueError(f"num_rows: got {num_rows}, needs 1 or more")
         self.lm = lm
         self.sampling = Sampling(**sampling)
-        self.rows: list[tuple[Request, Utf8Decoder] | None] = [None] * num_rows
+        self.rows: list[Request | None] = [None] * num_rows
         self.waiting: collections.deque[Request] = collections.deque()
 
-    def submit(self, prompt: str, *, max_new_tokens: int = 200, seed: int | None = None) -> Request:
-        """Let a request wait for its turn; seed: by default the one of the server's sampling.
+    def submit(
+        self, prompt: str, *, max_new_tokens: int = 200, seed: int | None = None, stop: str | None = None
+    ) -> Request:
+        """Let a request wait for its turn; seed: by default the one of the server's sampling; stop: see `generate`.
 
         Raises ValueError for bad input.
         """
@@ -59,7 +62,7 @@ class Server:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed: got {seed}, needs a whole number from 0 to 2^63 - 1")
         self.lm.prompt_ids(prompt)  # a prompt that is no text is refused here
-        request = Request(prompt, max_new_tokens, seed)
+        request = Request(prompt, max_new_tokens, seed, TextDecoder(self.lm.tokenizer, stop))
         self.waiting.append(request)
         return request
 
@@ -75,37 +78,38 @@ class Server:
                 while self._leave_and_join(decoder):
                     yield from self._advance(decoder)
             finally:  # whatever runs where the loop is left early is over
-                for taken in filter(None, self.rows):
-                    self.cancel(taken[0])
+                for request in filter(None, self.rows):
+                    self.cancel(request)
                 self.rows = [None] * len(self.rows)
 
     def _advance(self, decoder: Decoder) -> Iterator[tuple[Request, str]]:
         """A few steps for every row."""
-        running = [(row, *taken) for row, taken in enumerate(self.rows) if taken is not None]
-        left = min(request.max_new_tokens - request.num_tokens for _, request, _ in running)
+        running = [(row, request) for row, request in enumerate(self.rows) if request is not None]
+        left = min(request.max_new_tokens - request.num_tokens for _, request in running)
         token_ids = decoder.next(min(left, STEPS_BETWEEN))[0].tolist()
-        for row, request, utf8 in running:
+        for row, request in running:
             if request.state != "running":
                 continue  # cancelled while the others' pieces were looked at
             if -1 in token_ids[row]:  # the sampler marks a row of logits that it cannot draw from; the others go on
                 request.state = "failed"
                 continue
-            piece = utf8.decode(*token_ids[row])
-            request.text += piece
             request.num_tokens += len(token_ids[row])
-            if request.num_tokens == request.max_new_tokens:
+            last = request.num_tokens == request.max_new_tokens
+            piece = request.decoder.decode(*token_ids[row], last=last)
+            request.text += piece
+            if last or request.decoder.stopped:
                 request.state = "done"
             if piece:
                 yield request, piece
 
     def _leave_and_join(self, decoder: Decoder) -> bool:
         """Free the rows of requests that are over and fill them from those that wait. Does any text run?"""
-        over = [row for row, taken in enumerate(self.rows) if taken and taken[0].state != "running"]
+        over = [row for row, request in enumerate(self.rows) if request and request.state != "running"]
         if over:
             decoder.leave(over)
         for row in over:
             self.rows[row] = None
-        free = [row for row, taken in enumerate(self.rows) if taken is None]
+        free = [row for row, request in enumerate(self.rows) if request is None]
         joining: list[tuple[int, Request]] = []
         while self.waiting and len(joining) < len(free):
             request = self.waiting.popleft()
@@ -118,5 +122,5 @@ class Server:
             prompts = [self.lm.prompt_ids(request.prompt) for _, request in joining]
             decoder.join([row for row, _ in joining], prompts, [request.seed for _, request in joining])
         for row, request in joining:
-            self.rows[row] = request, Utf8Decoder(self.lm.tokenizer)
+            self.rows[row] = request
         return any(self.rows)

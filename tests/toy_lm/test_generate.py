@@ -6,7 +6,7 @@ import torch
 import kernels
 import toy_lm
 from tests.toy_lm.conftest import CONTEXT, small_model
-from toy_lm import decode
+from toy_lm import decode, generate
 from toy_lm.decode import window_start
 from toy_lm.generate import EMPTY_PROMPT, LanguageModel
 from toy_lm.tokenizer import Tokenizer
@@ -115,6 +115,47 @@ def test_both_devices_give_the_same_text(run_folder: str, settings: dict):
     assert texts[0] == texts[1]
 
 
+def test_a_text_ends_where_stop_begins(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    """Whole, streamed or in a batch; held back is what may begin it, and given back where it does not."""
+    monkeypatch.setattr(generate, "_STOP_EVERY", 7)
+    settings = {"max_new_tokens": 60, "temperature": 1.5, "seed": 5}
+    texts = lm.generate_batch(PROMPTS, **settings)
+    middle = texts[0][20:23]
+    for stop in (texts[0][0], middle, texts[0][-3:], texts[0][-2:] + "x", middle + "\x00", "not in it"):
+        expected = [text.partition(stop)[0] for text in texts]
+        assert lm.generate_batch(PROMPTS, stop=stop, **settings) == expected
+        assert lm.generate(PROMPTS[0], stop=stop, **settings) == expected[:1]
+        pieces = list(lm.stream(PROMPTS[0], stop=stop, **settings))
+        assert "".join(pieces) == expected[0]
+        server = toy_lm.Server(lm, num_rows=2, temperature=1.5, seed=5)
+        requests = [server.submit(prompt, max_new_tokens=60, stop=stop) for prompt in PROMPTS]
+        assert "".join(piece for request, piece in server.run() if request is requests[0]) == expected[0]
+        assert [request.text for request in requests] == expected
+        assert {request.state for request in requests} == {"done"}
+    assert lm.generate(PROMPTS[0], max_new_tokens=0, stop="x") == [""]
+    with pytest.raises(ValueError, match="stop: got ''"):
+        lm.generate("the", stop="")
+
+
+def test_no_token_is_drawn_long_after_stop(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generate, "_STOP_EVERY", 7)
+    text = lm.generate("the", max_new_tokens=200, seed=3)[0]
+    drawn: list[int] = []
+    draw = decode.Decoder.next
+
+    def counting(self, count):
+        new, logits = draw(self, count)
+        drawn.append(new.shape[1])
+        return new, logits
+
+    monkeypatch.setattr(decode.Decoder, "next", counting)
+    lm.generate("the", max_new_tokens=200, seed=3, stop=text[0])
+    assert sum(drawn) <= 7
+    drawn.clear()
+    assert list(lm.stream("the", max_new_tokens=200, seed=3, stop=text[0])) == []
+    assert len(drawn) <= 4  # a character is at most four tokens
+
+
 def test_seeds(lm: LanguageModel):
     texts = lm.generate("the", max_new_tokens=30, num_samples=4, seed=10)
     assert texts == lm.generate("the", max_new_tokens=30, num_samples=4, seed=10)
@@ -206,13 +247,13 @@ def test_ids_beyond_the_tokenizer_never_come_out(lm: LanguageModel):
 
 
 def test_logits_that_are_not_finite(lm: LanguageModel, scripted):
-    for generate in (
+    for job in (
         lambda: lm.generate("the", max_new_tokens=4, num_samples=2),
         lambda: list(lm.stream("the", max_new_tokens=4)),
     ):
         scripted([5, 5, -1, 5])
-        with pytest.raises(FloatingPointError, match="not finite at new token"):
-            generate()
+        with pytest.raises(FloatingPointError, match="not finite at new token 2 of text 0"):
+            job()
 
 
 def test_streams_do_not_disturb_each_other(lm: LanguageModel):
