@@ -137,28 +137,68 @@ def keep_columns(s, last):
 
 
 @gluon.jit
-def online_softmax(s, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
-    """Lines 9 and 10 of FlashAttention-2's algorithm 1: P, the new maximum and sum, and the rescale of the old ones."""
-    new_max = gl.maximum(row_max, gl.max(s, axis=1))
-    shift = new_max * scale_log2
-    if MASKED:
-        shift = gl.where(new_max == float("-inf"), 0.0, shift)  # no key seen yet: -inf - 0, not -inf + inf
-    alpha = gl.exp2(row_max * scale_log2 - shift)
-    p = gl.exp2(s * scale_log2 - shift[:, None])
-    return p, new_max, row_sum * alpha + gl.sum(p, axis=1), alpha
+def thread_shares(x):
+    """[rows, columns] -> [rows, columns / 8, 4, 2]: of each row, a thread holds two of every eight columns."""
+    return x.reshape([ROWS, x.shape[1] // 8, 4, 2])
 
 
 @gluon.jit
-def as_operand(p, acc, v_ring):
-    """P as wgmma takes it from registers, in V's dtype."""
+def rescale(s, row_max, scale_log2, MASKED: gl.constexpr):
+    """Line 9 of FlashAttention-2's algorithm 1: the new maximum, as it is subtracted from the scaled scores too, and
+    the factor of what came before. Maxima of pairs first: one maximum after the other would take twice as long."""
+    pairs = gl.max(thread_shares(s), axis=3)
+    new_max = gl.maximum(row_max, gl.convert_layout(gl.max(gl.max(pairs, axis=1), axis=1), row_max.type.layout))
+    shift = new_max * scale_log2
+    if MASKED:
+        shift = gl.where(new_max == float("-inf"), 0.0, shift)  # no key seen yet: -inf - 0, not -inf + inf
+    return new_max, shift, gl.exp2(row_max * scale_log2 - shift)
+
+
+@gluon.jit
+def thread_sums(p):
+    """The sums of each row, [rows, 4]: what each of four threads holds of it. They are added up once, at the end."""
+    return gl.sum(gl.sum(thread_shares(p), axis=3), axis=1)
+
+
+@gluon.constexpr_function
+def round_pair(dtype):
+    """The instruction that rounds $1 and $2 to the halves of $0."""
+    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def as_operand(p, acc, v_ring, CONSUMERS: gl.constexpr):
+    """P as wgmma takes it from registers, in V's dtype.
+
+    With three consumers it is rounded two by two: LLVM rounds one by one, and in that kernel puts some pairs together
+    the wrong way round, 32 instructions more a pass (full, 8192 tokens: 564 TFLOP/s, not 590).
+    """
+    if CONSUMERS > 2:
+        p = gl.inline_asm_elementwise(
+            round_pair(v_ring.data.dtype), "=r,r,r", [p], dtype=v_ring.data.dtype, is_pure=True, pack=2
+        )
     return gl.convert_layout(p.to(v_ring.data.dtype), gl.DotOperandLayout(0, acc.type.layout, k_width=2))
+
+
+@gluon.jit
+def exponentials(s, shift, alpha, row_sum, scale_log2):
+    """Lines 9 and 10: P, and the new sums."""
+    p = gl.exp2(s * scale_log2 - shift[:, None])
+    sums = thread_sums(p)
+    return p, row_sum * gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
+
+
+@gluon.jit
+def wait_ahead(ring, j, needed):
+    """Wait for tile j of the ring, if it is needed."""
+    STAGES: gl.constexpr = ring.data.shape[0]
+    mbarrier.wait(ring.full.index(j % STAGES), (j // STAGES) & 1, pred=needed)
 
 
 @gluon.jit
 def attend_block(
     acc,
     p,
-    alpha,
     row_max,
     row_sum,
     q,
@@ -180,35 +220,32 @@ def attend_block(
     If causal, `masked` says whether some query does not see all of these keys: such blocks take a branch, not a loop of
     their own, between which and the other loop P would be copied.
 
-    P waits for the next pass in fp32; with three consumers, which have fewer registers, rounded: half of them, but
-    copies between them.
+    P V ends while the maxima are found, so that O is rescaled and P rounded between the exponentials, which leave most
+    of a warp's turns free. Both would wait for each other's registers otherwise.
     """
-    FEW_REGISTERS: gl.constexpr = CONSUMERS > 2
     BLOCK_N: gl.constexpr = k_ring.data.shape[1]
+    STAGES: gl.constexpr = k_ring.data.shape[0]
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
-    k = k_ring.wait(j)
+    k = k_ring.data.index(j % STAGES)  # waited for in the pass before
     s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    p16 = as_operand(p, acc, v_ring)
     v = v_ring.wait(j - 1)
-    acc = warpgroup_mma(p16, v, acc, is_async=True)
+    acc = warpgroup_mma(p, v, acc, is_async=True)
 
     s = warpgroup_mma_wait(1, deps=[s])
     k_ring.release(j)
     if CAUSAL:  # noqa: SIM102  decided by the compiler, the inner one by the block
         if masked:
-            s = mask_scores(s, row, n_start, seqlen_q, seqlen_k, FEW_REGISTERS, CAUSAL, S_LAYOUT)
-    p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2, CAUSAL)
+            s = mask_scores(s, row, n_start, seqlen_q, seqlen_k, CONSUMERS > 2, CAUSAL, S_LAYOUT)
+    row_max, shift, alpha = rescale(s, row_max, scale_log2, CAUSAL)
 
-    # The next keys are due anyway. Waiting for them here, a branch, keeps ptxas from moving the wait below, and with it
-    # the end of P V, ahead of the exponentials.
-    STAGES: gl.constexpr = k_ring.data.shape[0]
-    mbarrier.wait(k_ring.full.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1, pred=n_start > 0)
-    acc, p16 = warpgroup_mma_wait(0, deps=[acc, p16])
+    # The next keys are due anyway. Waiting for them here, a branch, keeps ptxas from moving the end of P V ahead of the
+    # maxima.
+    wait_ahead(k_ring, j + 1, n_start > 0)
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     v_ring.release(j - 1)
-    if FEW_REGISTERS:
-        p = as_operand(p, acc, v_ring)
-    return acc, p, alpha, row_max, row_sum
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    p, row_sum = exponentials(s, shift, alpha, row_sum, scale_log2)
+    return acc, as_operand(p, acc, v_ring, CONSUMERS), row_max, row_sum
 
 
 @gluon.jit
@@ -231,7 +268,6 @@ def consume(
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
     )
-    FEW_REGISTERS: gl.constexpr = CONSUMERS > 2
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
 
@@ -254,29 +290,28 @@ def consume(
         k_ring.release(j)
         j += 1
         if CAUSAL or seqlen_k % BLOCK_N != 0:
-            s = mask_scores(s, row, (n_blocks - 1) * BLOCK_N, seqlen_q, seqlen_k, FEW_REGISTERS, CAUSAL, S_LAYOUT)
+            s = mask_scores(s, row, (n_blocks - 1) * BLOCK_N, seqlen_q, seqlen_k, CONSUMERS > 2, CAUSAL, S_LAYOUT)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
-        row_sum = gl.full([ROWS], 0.0, gl.float32, ROW_LAYOUT)
-        p, row_max, row_sum, alpha = online_softmax(s, row_max, row_sum, scale_log2, True)
+        row_max, shift, alpha = rescale(s, row_max, scale_log2, True)
+        wait_ahead(k_ring, j, n_blocks > 1)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, ACC_LAYOUT)
-        if FEW_REGISTERS:
-            p = as_operand(p, acc, v_ring)
+        p, row_sum = exponentials(s, shift, alpha, thread_sums(zeros), scale_log2)
+        p = as_operand(p, acc, v_ring, CONSUMERS)
 
         for n_block in range(n_blocks - 2, -1, -1):
-            acc, p, alpha, row_max, row_sum = attend_block(
-                acc, p, alpha, row_max, row_sum, q, k_ring, v_ring, j, row, n_block * BLOCK_N, scale_log2,
+            acc, p, row_max, row_sum = attend_block(
+                acc, p, row_max, row_sum, q, k_ring, v_ring, j, row, n_block * BLOCK_N, scale_log2,
                 seqlen_q, seqlen_k, n_block >= n_full, CONSUMERS, CAUSAL, S_LAYOUT,
             )  # fmt: skip
             j += 1
 
         v = v_ring.wait(j - 1)
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
-        p = as_operand(p, acc, v_ring)
         acc = warpgroup_mma(p, v, acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         v_ring.release(j - 1)
 
         # O / l and lse = m + log l; the row that saw no key has l = 0.
+        row_sum = gl.convert_layout(gl.sum(row_sum, axis=1), ROW_LAYOUT)
         blind = row_sum == 0.0
         inverse = gl.where(blind, 0.0, 1.0 / row_sum)
         out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
@@ -391,8 +426,10 @@ TILES = {
     (128, False): Tile(block_n=128, consumers=2, registers=240, stages=2),
     (128, True): Tile(block_n=128, consumers=2, registers=240, stages=2),
 }
-SHORT_TILES = TILES | {(64, True): Tile(block_n=128, consumers=2, registers=240, stages=3)}
-LEAST_LONG = 4096
+SHORT_TILES = TILES | {
+    (64, causal): Tile(block_n=128, consumers=2, registers=240, stages=3) for causal in (False, True)
+}
+LEAST_LONG = {False: 1024, True: 4096}  # queries, by causal
 _LEAST_WORK = 1 << 28  # queries x keys x head_dim: 12 sequences of 4 heads, 64 tokens, head_dim 64 are 1 << 23.6
 
 
@@ -416,7 +453,7 @@ def forward(
     """
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tiles = TILES if q.shape[2] >= LEAST_LONG else SHORT_TILES
+    tiles = TILES if q.shape[2] >= LEAST_LONG[causal] else SHORT_TILES
     launch(q, k, v, out, lse, softmax_scale, causal, tiles[q.shape[-1], causal])
     return out, lse
 
