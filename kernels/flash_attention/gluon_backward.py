@@ -4,30 +4,31 @@ With P_ij = exp(softmax_scale q_i k_j - lse_i) recomputed from lse, and delta_i 
 
     dV = P^T dO      dP = dO V^T      dS = P (dP - delta)      dQ = softmax_scale dS K      dK = softmax_scale dS^T Q
 
-One program owns 128 keys of one head and walks over the queries that see them (FlashAttention-2, arXiv:2307.08691,
-algorithm 2). Everything is transposed, keys first, so that P^T and dS^T go from the registers they are computed in
-straight into the products for dV and dK:
+A tile is 128 keys of one head; a program walks over the queries that see them (FlashAttention-2, arXiv:2307.08691,
+algorithm 2), then does the same for the next of its tiles. Everything is transposed, keys first, so that P^T and dS^T
+go from the registers they are computed in straight into the products for dV and dK:
 
     warp group      registers   role
     consumer 0            240   keys  0 ..  63: dK and dV of them in registers, dS^T to shared memory, half of a dQ tile
     consumer 1            240   keys 64 .. 127, the other half
-    producer (a warp)      24   TMA: K and V once, then Q, dO, lse and delta block by block, STAGES ahead
-    reducers (a warp each) 24   TMA: add the dQ tiles into an fp32 tensor in device memory
+    producer (a warp)      24   TMA: Q, dO, lse and delta block by block, STAGES ahead; K and V once a tile
+    reducers (a warp each) 24   TMA: add what was found for dQ into an fp32 tensor in device memory; store dV and dK
 
-dQ of one block of queries is a sum over all the programs that own keys it sees. A floating-point sum depends on its
-order, so they add in a fixed one: a counter for each block of queries says whose turn it is, and a reducer waits for
-it; meanwhile the consumers go on, and a second reducer with the next block. The order is that in which the programs
-come to a block if all are equally fast:
+dQ of one block of queries is a sum over all the tiles of keys it sees. A floating-point sum depends on its order, so
+they are added in a fixed one: a counter for each block of queries says whose turn it is, and a reducer waits for it;
+meanwhile the consumers go on, and a second reducer with the next block. The order is that in which the programs come
+to a block if all are equally fast:
 
     causal   the last keys first, each beginning at the queries of its own diagonal and going up, or the first keys
              first, each beginning at the last queries and going down: by turns, for as many heads as fill the GPU.
-             So a short program is followed by a long one and a long one by a short one, and all end together.
-    full     the programs of a long sequence spread over its queries and go round: each begins where its share of them
+             So a short tile is followed by a long one and a long one by a short one, and all programs end together.
+    full     the tiles of a long sequence spread over its queries and go round: each begins where its share of them
              does, and the one that begins at a block, or last before it, is the first to add there. Those of a short
              one all begin at the first queries, the last keys first, as do those that do not fit on the GPU together.
 
-Programs start in the order of their numbers, a head's one after the other: each waits only for programs that started
-before it, or of its own head, for which there is room on the GPU. So all end.
+There are as many programs as processors, all at work at once, and tiles are dealt to them in order: each waits only for
+tiles of lower numbers. Those that go round wait for each other within a head, which fits on the GPU; they have a
+program each, and programs start in the order of their numbers. So all end.
 
 What a consumer computes in one pass over a block i of queries, and which products run meanwhile:
 
@@ -40,7 +41,8 @@ What a consumer computes in one pass over a block i of queries, and which produc
 For dQ_i each needs the dS of the other: at head_dim 64 it waits for it, so that both are at the same block; at 128 it
 leaves dQ_i to the next pass, by when the other has stored its dS. TFLOP/s one way and the other, of full attention at
 4096 and 16384 tokens: 473, 493 and 475, 481 at head_dim 64 (causal 424, 481 and 385, 454); 543, 548 and 557, 558 at
-head_dim 128.
+head_dim 128. Starting S_{i+1} beside dQ_i and dK too gains 3 % in the shortest causal passes and loses elsewhere: 280
+and 272 at head_dim 64, causal, 1024 tokens; 502 and 525 full, 8192 tokens; 443 and 521 at head_dim 128, causal, 4096.
 
     paper          here                          shape
     K_j, V_j       k, v                          [64, HEAD_DIM]         shared memory, a half for each consumer
@@ -78,7 +80,6 @@ from kernels.flash_attention.hopper import (
     describe,
     descriptor,
     new_barriers,
-    new_ring,
     new_tile_ring,
     refusal,
 )
@@ -106,19 +107,19 @@ def wait_until_added(one):
 
 
 @gluon.jit
-def tile_coordinates(walk, CAUSAL: gl.constexpr):
-    """Which keys this program owns, and whether it goes from the last queries down: (n_block, kv_head, batch, down).
+def tile_coordinates(tile, walk, CAUSAL: gl.constexpr):
+    """Which keys a tile is made of, and whether it goes from the last queries down: (n_block, kv_head, batch, down).
 
     A pair is one head of one sequence. `heads_per_group` pairs are worked at side by side, the last keys of each first:
     the more there are, the fewer programs wait for one another's dQ, and the more of Q, dO and dQ is in use at once.
     With a causal mask every other group goes down, the first keys first.
     """
     num_n_blocks, _num_m_blocks, num_pairs, num_kv_heads, _heads, heads_per_group, _seqlen_q, _seqlen_k, _r = walk
-    group_programs = heads_per_group * num_n_blocks
-    group = gl.program_id(0) // group_programs
+    group_tiles = heads_per_group * num_n_blocks
+    group = tile // group_tiles
     first_pair = group * heads_per_group
     pairs_here = gl.minimum(heads_per_group, num_pairs - first_pair)
-    place = gl.program_id(0) % group_programs
+    place = tile % group_tiles
     n_block = place // pairs_here
     down = False
     if CAUSAL:
@@ -130,12 +131,15 @@ def tile_coordinates(walk, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr):
-    """The first block of queries with one that sees some of these keys, and the first whose queries see all of them."""
+    """The first block of queries with one that sees some of these keys, and the first whose queries see all of them.
+
+    There always is one with some: the last query sees every key.
+    """
     some = 0
     full = 0
     if CAUSAL:
         offset = seqlen_k - seqlen_q
-        some = gl.minimum(gl.maximum(n_block * BLOCK_N - offset, 0) // BLOCK_M, num_m_blocks)
+        some = gl.maximum(n_block * BLOCK_N - offset, 0) // BLOCK_M
         full = gl.minimum(gl.cdiv(gl.maximum((n_block + 1) * BLOCK_N - 1 - offset, 0), BLOCK_M), num_m_blocks)
     # Keys past the end are zeros; unmasked, exp(0 - lse) may overflow.
     full = gl.where((n_block + 1) * BLOCK_N > seqlen_k, num_m_blocks, full)
@@ -207,13 +211,15 @@ def differentiate_block(
     seqlen_q,
     seqlen_k,
     masked,
+    first,
+    turn,
     consumer_id: gl.constexpr,
     CAUSAL: gl.constexpr,
     S_LAYOUT: gl.constexpr,
     DQ_LAYOUT: gl.constexpr,
 ):
-    """One pass of the main loop."""
-    q_ring, dout_ring, row_ring, dq_ring = rings
+    """One pass of the main loop; `first` says whether it is the tile's first."""
+    q_ring, dout_tiles, row_tiles, dq_ring = rings
     k_halves, v_halves, ds_tiles, ds_full = tiles
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
     HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
@@ -221,6 +227,7 @@ def differentiate_block(
     DTYPE: gl.constexpr = k_halves.dtype
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, k_width=2)
     COLUMN_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    STAGES: gl.constexpr = q_ring.data.shape[0]
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S_LAYOUT)
 
     if DQ_LATER:  # in the first pass a product of nothing, thrown away
@@ -230,12 +237,12 @@ def differentiate_block(
     s = warpgroup_mma(k_halves.index(consumer_id), q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if DQ_LATER:
         dq = warpgroup_mma_wait(1, deps=[dq])
-        if i > 0:
-            hand_over_dq(dq_ring, dq, i - 1, consumer_id)
+        if not first:
+            hand_over_dq(dq_ring, dq, i - 1 + 2 * turn, consumer_id)
 
-    dout = dout_ring.wait(i)
+    dout = dout_tiles.index(i % STAGES)
     dp = warpgroup_mma(v_halves.index(consumer_id), dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    rows = row_ring.wait(i)
+    rows = row_tiles.index(i % STAGES)
     lse = rows.slice(0, BLOCK_M).load(COLUMN_LAYOUT)
     s = warpgroup_mma_wait(1, deps=[s])
     p = gl.exp2(s * scale_log2 - lse[None, :])
@@ -250,29 +257,35 @@ def differentiate_block(
     ds_tiles.index((i & 1) * 2 + consumer_id).store(ds)
     fence_async_shared()
     mbarrier.arrive(ds_full, count=1)
-    row_ring.release(i)
     ds_operand = gl.convert_layout(ds, A_LAYOUT)
     if not DQ_LATER:
         mbarrier.wait(ds_full, i & 1)
         dq = multiply_dq(ds_tiles, k_halves, i, consumer_id, DQ_LAYOUT)
     dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
     dv, p_operand = warpgroup_mma_wait(1 if DQ_LATER else 2, deps=[dv, p_operand])
-    dout_ring.release(i)
     if not DQ_LATER:
         dq = warpgroup_mma_wait(1, deps=[dq])
-        hand_over_dq(dq_ring, dq, i, consumer_id)
+        hand_over_dq(dq_ring, dq, i + 2 * turn, consumer_id)
     dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
     q_ring.release(i)
     return dk, dv
 
 
 @gluon.jit
-def consume(work, rings, tiles, kv_full, all_read, walk, consumer_id: gl.constexpr, CAUSAL: gl.constexpr):
-    """A consumer warpgroup: dK and dV of 64 keys, and half of every dQ tile of the program."""
-    dk_desc, dv_desc, softmax_scale = work
-    q_ring, _dout_ring, _row_ring, dq_ring = rings
-    k_halves, v_halves, ds_tiles, ds_full = tiles
-    _num_n_blocks, num_m_blocks, _pairs, _num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, _r = walk
+def hand_over(dq_ring, x, i, halves, consumer_id: gl.constexpr):
+    """Give this consumer's half of dV or dK to a reducer, in a buffer of dQ's."""
+    buffer = dq_ring.acquire(2 * i + consumer_id)
+    buffer._reinterpret(x.dtype, x.shape, halves.layout).store(x)
+    dq_ring.publish(2 * i + consumer_id)
+
+
+@gluon.jit
+def consume(softmax_scale, rings, tiles, kv_barriers, walk, consumer_id: gl.constexpr, CAUSAL: gl.constexpr):
+    """A consumer warpgroup: dK and dV of 64 keys, and half of every dQ tile, of each of this program's tiles."""
+    q_ring, _dout_tiles, _row_tiles, dq_ring = rings
+    k_halves, _v_halves, ds_tiles, ds_full = tiles
+    kv_full, kv_empty = kv_barriers
+    num_n_blocks, num_m_blocks, num_pairs, _num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, _r = walk
     DTYPE: gl.constexpr = k_halves.dtype
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
     HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
@@ -284,109 +297,129 @@ def consume(work, rings, tiles, kv_full, all_read, walk, consumer_id: gl.constex
     )
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
 
-    n_block, kv_head, batch, down = tile_coordinates(walk, CAUSAL)
-    m_some, m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
-    n_start = n_block * BLOCK_N + consumer_id * ROWS
     scale_log2 = softmax_scale * LOG2_E
-    dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, DKV_LAYOUT)
-    dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, DKV_LAYOUT)
-    mbarrier.wait(kv_full, 0)
-    i = 0  # blocks of queries met so far, over all heads of the group
-    for _ in range(heads_per_kv_head):
-        for step in range(m_some, num_m_blocks):
-            m_block = m_block_of(step, m_some, n_block, down, walk)
-            dk, dv = differentiate_block(
-                dk, dv, rings, tiles, i, n_start, m_block * BLOCK_M, scale_log2, seqlen_q, seqlen_k,
-                m_block < m_full, consumer_id, CAUSAL, S_LAYOUT, DQ_LAYOUT,
-            )  # fmt: skip
-            i += 1
-    if HEAD_DIM == 128:  # noqa: SIM102  decided by the compiler, the inner one by the keys
-        if i > 0:
+    i = 0  # blocks of queries met so far, over all heads of the group and all tiles
+    for tile in range(gl.program_id(0), num_n_blocks * num_pairs, gl.num_programs(0)):
+        turn = tile // gl.num_programs(0)  # tiles met so far: each has given two more buffers away, dV and dK
+        n_block, _kv_head, _batch, down = tile_coordinates(tile, walk, CAUSAL)
+        m_some, m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
+        n_start = n_block * BLOCK_N + consumer_id * ROWS
+        dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, DKV_LAYOUT)
+        dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, DKV_LAYOUT)
+        mbarrier.wait(kv_full, turn & 1)
+        first = True
+        for _ in range(heads_per_kv_head):
+            for step in range(m_some, num_m_blocks):
+                m_block = m_block_of(step, m_some, n_block, down, walk)
+                dk, dv = differentiate_block(
+                    dk, dv, rings, tiles, i, n_start, m_block * BLOCK_M, scale_log2, seqlen_q, seqlen_k,
+                    m_block < m_full, first, turn, consumer_id, CAUSAL, S_LAYOUT, DQ_LAYOUT,
+                )  # fmt: skip
+                i += 1
+                first = False
+        if HEAD_DIM == 128:
             mbarrier.wait(ds_full, (i - 1) & 1)
             dq = multiply_dq(ds_tiles, k_halves, i - 1, consumer_id, DQ_LAYOUT)
             dq = warpgroup_mma_wait(0, deps=[dq])
-            hand_over_dq(dq_ring, dq, i - 1, consumer_id)
-
-    # K and V are used up, K once both consumers have multiplied by it; their buffers carry the results to TMA.
-    mbarrier.arrive(all_read, count=1)
-    v_half = v_halves.index(consumer_id)
-    v_half.store(dv.to(DTYPE))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dv_desc, [batch, kv_head, n_start, 0], v_half)
-    mbarrier.wait(all_read, 0)
-    k_half = k_halves.index(consumer_id)
-    k_half.store((dk * softmax_scale).to(DTYPE))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dk_desc, [batch, kv_head, n_start, 0], k_half)
-    tma.store_wait(0)
+            hand_over_dq(dq_ring, dq, i - 1 + 2 * turn, consumer_id)
+        mbarrier.arrive(kv_empty, count=1)
+        hand_over(dq_ring, dv.to(DTYPE), i + 2 * turn, k_halves, consumer_id)
+        hand_over(dq_ring, (dk * softmax_scale).to(DTYPE), i + 2 * turn + 1, k_halves, consumer_id)
 
 
 @gluon.jit
-def produce(loads, rings, tiles, kv_full, walk, CAUSAL: gl.constexpr):
-    """The producer warp: K and V of this program, then the consumers' walk over the queries."""
+def produce(loads, rings, tiles, kv_barriers, walk, CAUSAL: gl.constexpr):
+    """The producer warp: of each tile the consumers' walk over the queries, and K and V after the first of these, which
+    are there while the tile before is still at its last."""
     q_desc, k_desc, v_desc, dout_desc, row_desc = loads
-    q_ring, dout_ring, row_ring, _dq_ring = rings
+    q_ring, dout_tiles, row_tiles, _dq_ring = rings
     k_halves, v_halves, _ds_tiles, _ds_full = tiles
-    _num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, _r = walk
+    kv_full, kv_empty = kv_barriers
+    num_n_blocks, num_m_blocks, num_pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, _r = walk
+    STAGES: gl.constexpr = q_ring.data.shape[0]
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
-    n_block, kv_head, batch, down = tile_coordinates(walk, CAUSAL)
-    m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
-    mbarrier.expect(kv_full, 4 * k_desc.block_type.nbytes)
-    for half in gl.static_range(2):
-        coord = [batch, kv_head, n_block * BLOCK_N + half * ROWS, 0]
-        tma.async_copy_global_to_shared(k_desc, coord, kv_full, k_halves.index(half))
-        tma.async_copy_global_to_shared(v_desc, coord, kv_full, v_halves.index(half))
     i = 0
-    for group_head in range(heads_per_kv_head):
-        head = kv_head * heads_per_kv_head + group_head
-        first_row_block = (batch * num_kv_heads * heads_per_kv_head + head) * num_m_blocks
-        for step in range(m_some, num_m_blocks):
-            m_block = m_block_of(step, m_some, n_block, down, walk)
-            q_ring.fill(i, q_desc, [batch, head, m_block * BLOCK_M, 0])
-            row_ring.fill(i, row_desc, [(first_row_block + m_block) * 2 * BLOCK_M])
-            dout_ring.fill(i, dout_desc, [batch, head, m_block * BLOCK_M, 0])
-            i += 1
+    for tile in range(gl.program_id(0), num_n_blocks * num_pairs, gl.num_programs(0)):
+        turn = tile // gl.num_programs(0)
+        n_block, kv_head, batch, down = tile_coordinates(tile, walk, CAUSAL)
+        m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
+        first = True
+        for group_head in range(heads_per_kv_head):
+            head = kv_head * heads_per_kv_head + group_head
+            first_row_block = (batch * num_kv_heads * heads_per_kv_head + head) * num_m_blocks
+            for step in range(m_some, num_m_blocks):
+                m_block = m_block_of(step, m_some, n_block, down, walk)
+                q = q_ring.acquire(i)
+                full = q_ring.full.index(i % STAGES)
+                mbarrier.expect(full, 2 * q_desc.block_type.nbytes + row_desc.block_type.nbytes)
+                coord = [batch, head, m_block * BLOCK_M, 0]
+                tma.async_copy_global_to_shared(q_desc, coord, full, q)
+                row = (first_row_block + m_block) * 2 * BLOCK_M
+                tma.async_copy_global_to_shared(row_desc, [row], full, row_tiles.index(i % STAGES))
+                tma.async_copy_global_to_shared(dout_desc, coord, full, dout_tiles.index(i % STAGES))
+                if first:
+                    mbarrier.wait(kv_empty, (turn & 1) ^ 1)
+                    mbarrier.expect(kv_full, 4 * k_desc.block_type.nbytes)
+                    for half in gl.static_range(2):
+                        coord = [batch, kv_head, n_block * BLOCK_N + half * ROWS, 0]
+                        tma.async_copy_global_to_shared(k_desc, coord, kv_full, k_halves.index(half))
+                        tma.async_copy_global_to_shared(v_desc, coord, kv_full, v_halves.index(half))
+                i += 1
+                first = False
 
 
 @gluon.jit
-def reduce_dq(dq_desc, turn_ptr, rings, walk, which: gl.constexpr, REDUCERS: gl.constexpr, CAUSAL: gl.constexpr):
-    """A reducer warp, one of REDUCERS that take the dQ tiles of this program in turn: adds them to those of the
-    programs before it, when these have."""
-    q_ring, _dout_ring, _row_ring, dq_ring = rings
-    num_n_blocks, num_m_blocks, _pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, ROUND = walk
+def hand_on(results, turn_ptr, rings, walk, which: gl.constexpr, CAUSAL: gl.constexpr):
+    """A reducer warp, one of two that take by turns what the consumers hand over: adds dQ tiles to those of the
+    programs before it, when these have, and stores dV and dK."""
+    dq_desc, dk_desc, dv_desc = results
+    q_ring, _dout_tiles, _row_tiles, dq_ring = rings
+    num_n_blocks, num_m_blocks, num_pairs, num_kv_heads, heads_per_kv_head, _group, seqlen_q, seqlen_k, ROUND = walk
     BLOCK_M: gl.constexpr = q_ring.data.shape[1]
     HEAD_DIM: gl.constexpr = q_ring.data.shape[2]
-    n_block, kv_head, batch, down = tile_coordinates(walk, CAUSAL)
-    m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
     i = 0
-    for group_head in range(heads_per_kv_head):
-        pair = (batch * num_kv_heads + kv_head) * heads_per_kv_head + group_head
-        for step in range(m_some, num_m_blocks):
-            if i % REDUCERS == which:
-                m_block = m_block_of(step, m_some, n_block, down, walk)
-                first = num_n_blocks - 1  # the program that adds first
-                if CAUSAL:
-                    last_key = (m_block + 1) * BLOCK_M - 1 + seqlen_k - seqlen_q
-                    first = gl.minimum(first, last_key // BLOCK_N)
-                if ROUND:
-                    first = ((m_block + 1) * num_n_blocks - 1) // num_m_blocks
-                place = gl.where(first >= n_block, first - n_block, first - n_block + num_n_blocks)
-                place = gl.where(down, n_block, place)
-                turn = turn_ptr + pair * num_m_blocks + m_block
-                while gl.atomic_add(turn, 0, sem="acquire", scope="gpu") < place:
-                    pass
+    for tile in range(gl.program_id(0), num_n_blocks * num_pairs, gl.num_programs(0)):
+        n_block, kv_head, batch, down = tile_coordinates(tile, walk, CAUSAL)
+        m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
+        for group_head in range(heads_per_kv_head):
+            pair = (batch * num_kv_heads + kv_head) * heads_per_kv_head + group_head
+            for step in range(m_some, num_m_blocks):
+                if i % 2 == which:
+                    m_block = m_block_of(step, m_some, n_block, down, walk)
+                    first = num_n_blocks - 1  # the keys whose program adds first
+                    if CAUSAL:
+                        last_key = (m_block + 1) * BLOCK_M - 1 + seqlen_k - seqlen_q
+                        first = gl.minimum(first, last_key // BLOCK_N)
+                    if ROUND:
+                        first = ((m_block + 1) * num_n_blocks - 1) // num_m_blocks
+                    place = gl.where(first >= n_block, first - n_block, first - n_block + num_n_blocks)
+                    place = gl.where(down, n_block, place)
+                    turn = turn_ptr + pair * num_m_blocks + m_block
+                    while gl.atomic_add(turn, 0, sem="acquire", scope="gpu") < place:
+                        pass
+                    for half in gl.static_range(2):
+                        dq = dq_ring.wait(2 * i + half)
+                        row = m_block * BLOCK_M + (0 if HEAD_DIM == 128 else half * 64)
+                        column = half * 64 if HEAD_DIM == 128 else 0
+                        if place == 0:
+                            tma.async_copy_shared_to_global(dq_desc, [pair, row, column], dq)
+                        else:
+                            async_add_shared_to_global(dq_desc, [pair, row, column], dq)
+                    tma.store_wait(0)
+                    for half in gl.static_range(2):
+                        dq_ring.release(2 * i + half)
+                    gl.atomic_add(turn, wait_until_added(1), sem="release", scope="gpu")
+                i += 1
+        for result in gl.static_range(2):
+            if i % 2 == which:
+                desc = dk_desc if result == 1 else dv_desc
                 for half in gl.static_range(2):
-                    dq = dq_ring.wait(2 * i + half)
-                    row = m_block * BLOCK_M + (0 if HEAD_DIM == 128 else half * 64)
-                    column = half * 64 if HEAD_DIM == 128 else 0
-                    if place == 0:
-                        tma.async_copy_shared_to_global(dq_desc, [pair, row, column], dq)
-                    else:
-                        async_add_shared_to_global(dq_desc, [pair, row, column], dq)
+                    tile_half = dq_ring.wait(2 * i + half)._reinterpret(desc.dtype, [ROWS, HEAD_DIM], desc.layout)
+                    coord = [batch, kv_head, n_block * BLOCK_N + half * ROWS, 0]
+                    tma.async_copy_shared_to_global(desc, coord, tile_half)
                 tma.store_wait(0)
                 for half in gl.static_range(2):
                     dq_ring.release(2 * i + half)
-                gl.atomic_add(turn, wait_until_added(1), sem="release", scope="gpu")
             i += 1
 
 
@@ -424,7 +457,6 @@ def backward_kernel(
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     ROUND: gl.constexpr,
-    REDUCERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q_desc.dtype
@@ -435,14 +467,13 @@ def backward_kernel(
     v_halves = gl.allocate_shared_memory(DTYPE, [2, ROWS, HEAD_DIM], v_desc.layout)
     ds_tiles = gl.allocate_shared_memory(DTYPE, [2 * 2, ROWS, BLOCK_M], DS_LAYOUT)  # two passes x two consumers
     q_ring = new_tile_ring(q_desc, STAGES, 2)
-    dout_ring = new_tile_ring(dout_desc, STAGES, 2)
-    row_ring = new_ring(gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], row_desc.layout), 2)
-    dq_ring = new_tile_ring(dq_desc, 2 * REDUCERS, 1)
-    kv_full = new_barriers(1, 1).index(0)
+    dout_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, HEAD_DIM], dout_desc.layout)
+    row_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], row_desc.layout)
+    dq_ring = new_tile_ring(dq_desc, 2 * 2, 1)  # two halves for each of two reducers
+    kv_barriers = (new_barriers(1, 1).index(0), new_barriers(1, 2).index(0))  # full and empty
     ds_full = new_barriers(1, 2).index(0)
-    all_read = new_barriers(1, 2).index(0)
     fence_async_shared()  # the barriers, before TMA signals them
-    rings = (q_ring, dout_ring, row_ring, dq_ring)
+    rings = (q_ring, dout_tiles, row_tiles, dq_ring)  # q's barriers speak for dout and the rows too
     tiles = (k_halves, v_halves, ds_tiles, ds_full)
     walk = (
         num_n_blocks,
@@ -455,31 +486,19 @@ def backward_kernel(
         seqlen_k,
         ROUND,
     )
-    work = (dk_desc, dv_desc, softmax_scale)
+    results = (dq_desc, dk_desc, dv_desc)
     loads = (q_desc, k_desc, v_desc, dout_desc, row_desc)
-    if REDUCERS == 1:
-        gl.warp_specialize(
-            [
-                (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(0), CAUSAL)),
-                (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(1), CAUSAL)),
-                (produce, (loads, rings, tiles, kv_full, walk, CAUSAL)),
-                (reduce_dq, (dq_desc, turn_ptr, rings, walk, gl.constexpr(0), REDUCERS, CAUSAL)),
-            ],
-            [4, 1, 1],
-            [REGISTERS, SMALL_REGISTERS, SMALL_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(0), CAUSAL)),
-                (consume, (work, rings, tiles, kv_full, all_read, walk, gl.constexpr(1), CAUSAL)),
-                (produce, (loads, rings, tiles, kv_full, walk, CAUSAL)),
-                (reduce_dq, (dq_desc, turn_ptr, rings, walk, gl.constexpr(0), REDUCERS, CAUSAL)),
-                (reduce_dq, (dq_desc, turn_ptr, rings, walk, gl.constexpr(1), REDUCERS, CAUSAL)),
-            ],
-            [4, 1, 1, 1],
-            [REGISTERS, SMALL_REGISTERS, SMALL_REGISTERS, SMALL_REGISTERS],
-        )
+    gl.warp_specialize(
+        [
+            (consume, (softmax_scale, rings, tiles, kv_barriers, walk, gl.constexpr(0), CAUSAL)),
+            (consume, (softmax_scale, rings, tiles, kv_barriers, walk, gl.constexpr(1), CAUSAL)),
+            (produce, (loads, rings, tiles, kv_barriers, walk, CAUSAL)),
+            (hand_on, (results, turn_ptr, rings, walk, gl.constexpr(0), CAUSAL)),
+            (hand_on, (results, turn_ptr, rings, walk, gl.constexpr(1), CAUSAL)),
+        ],
+        [4, 1, 1, 1],
+        [REGISTERS, SMALL_REGISTERS, SMALL_REGISTERS, SMALL_REGISTERS],
+    )
 
 
 @gluon.jit(do_not_specialize=["num_heads", "seqlen_q"])
@@ -567,12 +586,10 @@ def finish_kernel(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What one program multiplies by its 128 keys at a time: block_m queries, how deep their rings are, and how many
-    warps add what it finds for dQ."""
+    """What one program multiplies by its 128 keys at a time: block_m queries, and how deep their ring is."""
 
     block_m: int
     stages: int
-    reducers: int
     registers: int
 
 
@@ -582,10 +599,10 @@ class Tile:
 # (128, True) 205 / 328 / 438 / 503 / 560 / 549; of (128, False), 1024 / 4096 / 16384 tokens, in another run: two
 # 464 / 583 / 560, one 439 / 558 / 553.
 TILES = {
-    (64, False): Tile(block_m=128, stages=2, reducers=1, registers=240),
-    (64, True): Tile(block_m=128, stages=2, reducers=1, registers=240),
-    (128, False): Tile(block_m=64, stages=2, reducers=2, registers=240),
-    (128, True): Tile(block_m=64, stages=2, reducers=2, registers=240),
+    (64, False): Tile(block_m=128, stages=2, registers=240),
+    (64, True): Tile(block_m=128, stages=2, registers=240),
+    (128, False): Tile(block_m=64, stages=2, registers=240),
+    (128, True): Tile(block_m=64, stages=2, registers=240),
 }
 
 
@@ -664,6 +681,8 @@ def launch(
     if go_round:
         heads_per_group = 1
 
+    num_tiles = num_n_blocks * batch_size * num_kv_heads
+
     def run(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
         # Four warps are one warpgroup: the others are added by gl.warp_specialize.
         launched(kernel[grid](*arguments, num_warps=4), grid, arguments)
@@ -676,7 +695,7 @@ def launch(
     )
     run(
         backward_kernel,
-        (num_n_blocks * batch_size * num_kv_heads,),
+        (num_tiles if go_round else min(num_tiles, processors),),
         describe(q, tile.block_m),
         describe(k, ROWS.value),
         describe(v, ROWS.value),
@@ -698,7 +717,6 @@ def launch(
         tile.stages,
         causal,
         go_round,
-        tile.reducers,
         tile.registers,
     )
     run(

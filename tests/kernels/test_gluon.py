@@ -149,7 +149,7 @@ def test_backward_compiles_for_hopper(head_dim, causal, tmp_path):
     }
     types |= {"turn_ptr": "*i32", "softmax_scale": "fp32"}
     constants = {"STAGES": tile.stages, "CAUSAL": causal, "ROUND": not causal}
-    constants |= {"REDUCERS": tile.reducers, "REGISTERS": tile.registers}
+    constants |= {"REGISTERS": tile.registers}
     compiled = compile_gluon(gluon_backward.backward_kernel, types, constants)
     check_hopper_instructions(compiled, tmp_path)
     assert "cp.reduce.async.bulk.tensor" in compiled.asm["ptx"]
