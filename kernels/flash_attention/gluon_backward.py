@@ -329,8 +329,11 @@ def consume(softmax_scale, rings, tiles, kv_barriers, walk, consumer_id: gl.cons
 
 @gluon.jit
 def produce(loads, rings, tiles, kv_barriers, walk, CAUSAL: gl.constexpr):
-    """The producer warp: of each tile the consumers' walk over the queries, and K and V after the first of these, which
-    are there while the tile before is still at its last."""
+    """The producer warp: of each tile K and V, when those before are used up, then the consumers' walk over queries.
+
+    To load the first queries before K and V, while the tile before is still at its last, gains nothing: 272, 434 and
+    334 TFLOP/s for 272, 428 and 339 at 1024 tokens, head_dim 64 causal and full, 128 causal.
+    """
     q_desc, k_desc, v_desc, dout_desc, row_desc = loads
     q_ring, dout_tiles, row_tiles, _dq_ring = rings
     k_halves, v_halves, _ds_tiles, _ds_full = tiles
@@ -343,7 +346,12 @@ def produce(loads, rings, tiles, kv_barriers, walk, CAUSAL: gl.constexpr):
         turn = tile // gl.num_programs(0)
         n_block, kv_head, batch, down = tile_coordinates(tile, walk, CAUSAL)
         m_some, _m_full = first_m_blocks(n_block, num_m_blocks, seqlen_q, seqlen_k, BLOCK_M, CAUSAL)
-        first = True
+        mbarrier.wait(kv_empty, (turn & 1) ^ 1)
+        mbarrier.expect(kv_full, 4 * k_desc.block_type.nbytes)
+        for half in gl.static_range(2):
+            coord = [batch, kv_head, n_block * BLOCK_N + half * ROWS, 0]
+            tma.async_copy_global_to_shared(k_desc, coord, kv_full, k_halves.index(half))
+            tma.async_copy_global_to_shared(v_desc, coord, kv_full, v_halves.index(half))
         for group_head in range(heads_per_kv_head):
             head = kv_head * heads_per_kv_head + group_head
             first_row_block = (batch * num_kv_heads * heads_per_kv_head + head) * num_m_blocks
@@ -357,15 +365,7 @@ def produce(loads, rings, tiles, kv_barriers, walk, CAUSAL: gl.constexpr):
                 row = (first_row_block + m_block) * 2 * BLOCK_M
                 tma.async_copy_global_to_shared(row_desc, [row], full, row_tiles.index(i % STAGES))
                 tma.async_copy_global_to_shared(dout_desc, coord, full, dout_tiles.index(i % STAGES))
-                if first:
-                    mbarrier.wait(kv_empty, (turn & 1) ^ 1)
-                    mbarrier.expect(kv_full, 4 * k_desc.block_type.nbytes)
-                    for half in gl.static_range(2):
-                        coord = [batch, kv_head, n_block * BLOCK_N + half * ROWS, 0]
-                        tma.async_copy_global_to_shared(k_desc, coord, kv_full, k_halves.index(half))
-                        tma.async_copy_global_to_shared(v_desc, coord, kv_full, v_halves.index(half))
                 i += 1
-                first = False
 
 
 @gluon.jit
@@ -593,11 +593,11 @@ class Tile:
     registers: int
 
 
-# By (head_dim, causal). TFLOP/s on an H200 in bf16 at 512 / 1024 / 2048 / 4096 / 8192 / 16384 tokens, 16384 in all:
-# 308 / 392 / 450 / 484 / 478 / 484, 164 / 255 / 347 / 425 / 458 / 475, 369 / 465 / 540 / 582 / 565 / 568 and
-# 212 / 329 / 431 / 507 / 550 / 564. With the other number of reducers, (64, True): 164 / 255 / 349 / 428 / 461 / 482,
-# (128, True) 205 / 328 / 438 / 503 / 560 / 549; of (128, False), 1024 / 4096 / 16384 tokens, in another run: two
-# 464 / 583 / 560, one 439 / 558 / 553.
+# By (head_dim, causal). TFLOP/s on an H200 in bf16, 16384 tokens in all, and in brackets those of a program for each
+# tile, with a ring each for Q, dO and the rows, in the same run: (64, True) at 1024 and 4096 tokens 272 (256) and 443
+# (420), (64, False) at 1024 and 8192 432 (392) and 525 (497), (128, True) at 1024 and 4096 342 (330) and 521 (516),
+# (128, False) at 1024 494 (464). Persistent programs alone, at 512 tokens: 178 (165) and 331 (310), 226 (214) and 389
+# (369), the causal ones first.
 TILES = {
     (64, False): Tile(block_m=128, stages=2, registers=240),
     (64, True): Tile(block_m=128, stages=2, registers=240),

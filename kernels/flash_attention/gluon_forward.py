@@ -419,10 +419,10 @@ class Tile:
     stages: int
 
 
-# By (head_dim, causal); SHORT_TILES below LEAST_LONG queries. TFLOP/s on an H200, bf16, at 512 / 1024 / 2048 / 4096
-# / 8192 / 16384 keys, 16384 tokens in all: 324 / 402 / 479 / 497 / 537 / 511, 197 / 270 / 377 / 448 / 482 / 496,
-# 502 / 599 / 648 / 669 / 670 / 648 and 302 / 454 / 565 / 615 / 646 / 682; the short tile of (64, True)
-# 246 / 331 / 392 / 428 / 449 / 458. Two consumers for (64, False): 347 / 378 / 422 / 432 / 431 / 432.
+# By (head_dim, causal); SHORT_TILES below LEAST_LONG queries. TFLOP/s on an H200, bf16, 16384 tokens in all: (64,
+# False) at 512 / 1024 / 2048 / 4096 / 8192 keys 388 / 444 / 518 / 526 / 590, with two consumers 406 / 438 / 452 at the
+# first three; (64, True) at 2048 / 4096 / 8192 401 / 451 / 505, with two at 512 / 1024 / 2048 252 / 353 / 425; (128,
+# False) at 512 / 4096 / 8192 514 / 629 / 712, (128, True) at 512 / 4096 339 / 619.
 TILES = {
     (64, False): Tile(block_n=128, consumers=3, registers=160, stages=3),
     (64, True): Tile(block_n=128, consumers=3, registers=160, stages=3),
