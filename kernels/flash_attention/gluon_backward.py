@@ -26,9 +26,10 @@ to a block if all are equally fast:
              does, and the one that begins at a block, or last before it, is the first to add there. Those of a short
              one all begin at the first queries, the last keys first, as do those that do not fit on the GPU together.
 
-There are as many programs as processors, all at work at once, and tiles are dealt to them in order: each waits only for
-tiles of lower numbers. Those that go round wait for each other within a head, which fits on the GPU; they have a
-program each, and programs start in the order of their numbers. So all end.
+There are as many programs as processors, all at work at once (those whose processor another kernel holds, after its
+end), and tiles are dealt to them in order: each waits only for tiles of lower numbers. Those that go round wait for
+each other within a head, which fits on the GPU; they have a program each, and programs start in the order of their
+numbers. So all end.
 
 What a consumer computes in one pass over a block i of queries, and which products run meanwhile:
 
@@ -41,8 +42,9 @@ What a consumer computes in one pass over a block i of queries, and which produc
 For dQ_i each needs the dS of the other: at head_dim 64 it waits for it, so that both are at the same block; at 128 it
 leaves dQ_i to the next pass, by when the other has stored its dS. TFLOP/s one way and the other, of full attention at
 4096 and 16384 tokens: 473, 493 and 475, 481 at head_dim 64 (causal 424, 481 and 385, 454); 543, 548 and 557, 558 at
-head_dim 128. Starting S_{i+1} beside dQ_i and dK too gains 3 % in the shortest causal passes and loses elsewhere: 280
-and 272 at head_dim 64, causal, 1024 tokens; 502 and 525 full, 8192 tokens; 443 and 521 at head_dim 128, causal, 4096.
+head_dim 128. Starting S_{i+1} beside dQ_i and dK as well, both in dS_i's pass, gains where sequences are short and
+causal, and loses elsewhere: 280 and 272 at head_dim 64, causal, 1024 tokens; 502 and 525 full, 8192 tokens; 443 and 521
+at head_dim 128, causal, 4096 tokens.
 
     paper          here                          shape
     K_j, V_j       k, v                          [64, HEAD_DIM]         shared memory, a half for each consumer
