@@ -11,7 +11,7 @@ from kernels.flash_attention.op import (
     flash_attention,
     flash_attention_varlen,
 )
-from kernels.layer.op import add_norm, norm_rotary, swiglu
+from kernels.layer.op import add_norm, cross_entropy, norm_rotary, swiglu
 from kernels.load import BuildError, load
 from kernels.top_k.op import Sampled, sample, top_k
 
@@ -21,6 +21,7 @@ __all__ = [
     "Sampled",
     "add_norm",
     "classic_attention",
+    "cross_entropy",
     "decode_attention",
     "decode_step",
     "explain",

@@ -300,5 +300,4 @@ class Transformer(nn.Module):
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target, (batch * seqlen,) fp32, of what `hidden` gave and targets (batch, seqlen) int64."""
-        logits = self.logits(hidden)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        return kernels.cross_entropy(self.logits(hidden), targets).flatten()

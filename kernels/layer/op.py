@@ -1,8 +1,9 @@
-"""What a decoder layer computes between its matrix products, each piece as one op.
+"""What a decoder computes between its matrix products, each piece as one op.
 
-    add_norm     x + dropout(branch), and its RMSNorm
-    norm_rotary  queries, keys and values of a fused projection: RMSNorm of each head, and its rotary position
-    swiglu       silu(gate) * up
+    add_norm       x + dropout(branch), and its RMSNorm
+    norm_rotary    queries, keys and values of a fused projection: RMSNorm of each head, and its rotary position
+    swiglu         silu(gate) * up
+    cross_entropy  what each target costs, of the logits
 
 All of it is bound by memory. On a GPU each is one Triton kernel forward and one backward, with sums in fp32, and can be
 differentiated once. On the CPU, and where there is no Triton, each is plain torch.
@@ -31,6 +32,8 @@ for _schema in (
     "Tensor sin, float eps) -> (Tensor, Tensor)",
     "swiglu(Tensor gate_up) -> Tensor",
     "swiglu_backward(Tensor dout, Tensor gate_up) -> Tensor",
+    "cross_entropy(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
+    "cross_entropy_backward(Tensor dnats, Tensor logits, Tensor targets, Tensor lse) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _ops = torch.ops.kernels
@@ -114,6 +117,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return reference.swiglu(gate_up)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats (...,) fp32, or fp64 of fp64: -log softmax(logits)[target], of logits (..., vocab_size), targets (...,) int64.
+
+    Raises ValueError naming the argument, what it got and what it allows.
+    """
+    _check_dtype("logits", logits)
+    if targets.shape != logits.shape[:-1] or targets.dtype != torch.int64:
+        got = f"got {targets.dtype} of shape {tuple(targets.shape)}"
+        raise ValueError(f"targets: {got}, needs torch.int64 of shape {tuple(logits.shape[:-1])}")
+    if logits.is_cuda and is_fused("cuda"):
+        return _ops.cross_entropy(logits.contiguous(), targets.contiguous())[0]
+    return reference.cross_entropy(logits, targets)
+
+
 def _check_dtype(name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
         raise ValueError(f"{name}: got {x.dtype}, allowed are float32, float16 and bfloat16 (on the CPU also float64)")
@@ -147,6 +164,11 @@ def _fake_swiglu(gate_up):
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
+def _fake_cross_entropy(logits, targets):
+    nats = targets.new_empty(targets.shape, dtype=torch.float32)
+    return nats, torch.empty_like(nats)
+
+
 for _name, _fake in (
     ("add_norm", lambda x, *rest: (torch.empty_like(x), torch.empty_like(x))),
     ("add_norm_backward", _fake_add_norm_backward),
@@ -154,6 +176,8 @@ for _name, _fake in (
     ("norm_rotary_backward", _fake_norm_rotary_backward),
     ("swiglu", _fake_swiglu),
     ("swiglu_backward", lambda dout, gate_up: torch.empty_like(gate_up)),
+    ("cross_entropy", _fake_cross_entropy),
+    ("cross_entropy_backward", lambda dnats, logits, targets, lse: torch.empty_like(logits)),
 ):
     torch.library.register_fake(f"kernels::{_name}", _fake, lib=_library)
 
@@ -194,10 +218,20 @@ def _swiglu_backward(ctx: Any, dout: Tensor) -> Tensor:
     return _ops.swiglu_backward(dout.contiguous(), ctx.saved_tensors[0])
 
 
+def _keep_cross_entropy(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _cross_entropy_backward(ctx: Any, dnats: Tensor, dlse: None) -> tuple:
+    return _ops.cross_entropy_backward(dnats.contiguous(), *ctx.saved_tensors), None
+
+
 for _name, _backward, _keep in (
     ("add_norm", _add_norm_backward, _keep_add_norm),
     ("norm_rotary", _norm_rotary_backward, _keep_norm_rotary),
     ("swiglu", _swiglu_backward, _keep_swiglu),
+    ("cross_entropy", _cross_entropy_backward, _keep_cross_entropy),
 ):
     torch.library.register_autograd(f"kernels::{_name}", _backward, setup_context=_keep, lib=_library)
 
@@ -216,3 +250,5 @@ def bind_cuda(library: torch.library.Library) -> None:
     library.impl("norm_rotary_backward", triton_layer.norm_rotary_backward)
     library.impl("swiglu", triton_layer.swiglu_forward)
     library.impl("swiglu_backward", triton_layer.swiglu_backward)
+    library.impl("cross_entropy", triton_layer.cross_entropy_forward)
+    library.impl("cross_entropy_backward", triton_layer.cross_entropy_backward)

@@ -9,6 +9,8 @@
 
     out = silu(gate) up             dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate)
 
+    nats = lse - logits[target]     dlogits = dnats (exp(logits - lse) - [target]), lse = log sum exp(logits)
+
 All of it is bound by memory: each kernel reads and writes every value once. A program owns ROWS rows (of the residual
 stream, or of one head of one token) at a time. Backward it goes on to the rows `programs` tiles further and adds up dw
 for each row of the tile: added up over the rows at every tile, through shared memory, the kernel takes six times as
@@ -32,6 +34,7 @@ ADD_NORM_BACKWARD = {"ROWS": 1, "num_warps": 1, "programs": 2640}
 NORM_ROTARY = {"ROWS": 64, "num_warps": 4}
 NORM_ROTARY_BACKWARD = {"ROWS": 32, "num_warps": 4, "programs": 528}
 SWIGLU = {"BLOCK": 2048, "num_warps": 8}
+CROSS_ENTROPY = {"SIZE": 4096, "num_warps": 4}  # elements of a tile: rows of a small vocabulary, or a part of one row
 
 
 @triton.jit
@@ -197,6 +200,41 @@ def swiglu_backward_kernel(dout, gate_up, dgate_up, rows, WIDTH: tl.constexpr, B
     _store_halves(dgate_up, at, g * up.to(tl.float32) * s * (1 + gate * (1 - s)), g * gate * s, mask, WIDTH)
 
 
+@triton.jit
+def cross_entropy_forward_kernel(logits, targets, nats, lse, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                                 ROWS: tl.constexpr):  # fmt: skip
+    offs_r, offs_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    row = logits + offs_r.to(tl.int64) * WIDTH
+    exists = offs_r < rows
+    largest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        mask = exists[:, None] & (start + offs_d < WIDTH)[None, :]
+        x = tl.load(row[:, None] + start + offs_d[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+        above = tl.maximum(largest, tl.max(x, axis=1))
+        safe = tl.where(above > float("-inf"), above, 0.0)  # rows that do not exist
+        total = total * tl.exp(largest - safe) + tl.sum(tl.exp(x - safe[:, None]), axis=1)
+        largest = above
+    sums = largest + tl.log(total)
+    target = tl.load(targets + offs_r, mask=exists, other=0)
+    tl.store(lse + offs_r, sums, mask=exists)
+    tl.store(nats + offs_r, sums - tl.load(row + target, mask=exists, other=0.0).to(tl.float32), mask=exists)
+
+
+@triton.jit
+def cross_entropy_backward_kernel(dnats, logits, targets, lse, dlogits, rows, WIDTH: tl.constexpr,
+                                  BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    offs_r, offs_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = offs_r < rows
+    at = offs_r.to(tl.int64)[:, None] * WIDTH + offs_d[None, :]
+    mask = exists[:, None] & (offs_d < WIDTH)[None, :]
+    x = tl.load(logits + at, mask=mask, other=0.0).to(tl.float32)
+    p = tl.exp(x - tl.load(lse + offs_r, mask=exists, other=0.0)[:, None])
+    target = tl.load(targets + offs_r, mask=exists, other=0)
+    g = tl.load(dnats + offs_r, mask=exists, other=0.0)[:, None]
+    dx = g * tl.where(offs_d[None, :] == target[:, None], p - 1.0, p)
+    tl.store(dlogits + at, dx.to(dlogits.dtype.element_ty), mask=mask)
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple, tile: dict[str, int], **constants: int) -> None:
     """constants are in the order of the kernel's last parameters, before the tile's."""
     tile = {name: value for name, value in tile.items() if name != "programs"}
@@ -294,3 +332,29 @@ def swiglu_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
     grid = (-(-rows * width // SWIGLU["BLOCK"]),)
     _launch(swiglu_backward_kernel, grid, (dout, gate_up, dgate_up, rows), SWIGLU, WIDTH=width)
     return dgate_up
+
+
+def _cross_entropy_tile(logits: Tensor) -> tuple[int, int, dict[str, int]]:
+    width, size = logits.shape[-1], CROSS_ENTROPY["SIZE"]
+    block = min(_power_of_2(width), size)
+    tile = {"BLOCK": block, "ROWS": size // block, "num_warps": CROSS_ENTROPY["num_warps"]}
+    return width, logits.numel() // width, tile
+
+
+def cross_entropy_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of each target, and the logarithm of each row's sum of exponentials, fp32."""
+    width, rows, tile = _cross_entropy_tile(logits)
+    nats = targets.new_empty(targets.shape, dtype=torch.float32)
+    lse = torch.empty_like(nats)
+    grid = (-(-rows // tile["ROWS"]),)
+    _launch(cross_entropy_forward_kernel, grid, (logits, targets, nats, lse, rows), tile, WIDTH=width)
+    return nats, lse
+
+
+def cross_entropy_backward(dnats: Tensor, logits: Tensor, targets: Tensor, lse: Tensor) -> Tensor:
+    width, rows, tile = _cross_entropy_tile(logits)
+    dlogits = torch.empty_like(logits)
+    grid = (-(-rows // tile["ROWS"]), -(-width // tile["BLOCK"]))
+    arguments = (dnats, logits, targets, lse, dlogits, rows)
+    _launch(cross_entropy_backward_kernel, grid, arguments, tile, WIDTH=width)
+    return dlogits

@@ -1,4 +1,4 @@
-"""The Triton kernels of a layer in Triton's interpreter against autograd's fp64; run with TRITON_INTERPRET=1.
+"""The Triton kernels between matrix products in Triton's interpreter against autograd's fp64; run with TRITON_INTERPRET=1.
 
 The interpreter has to be chosen before the kernels are imported, hence a process of its own.
 """
@@ -33,9 +33,14 @@ def swiglu(gate_up):
     return (triton_layer.swiglu_forward(gate_up),), lambda dout: (triton_layer.swiglu_backward(dout, gate_up),)
 
 
+def cross_entropy(logits, targets):
+    nats, lse = triton_layer.cross_entropy_forward(logits, targets)
+    return (nats,), lambda dnats: (triton_layer.cross_entropy_backward(dnats, logits, targets, lse),)
+
+
 for tile in (triton_layer.ADD_NORM_BACKWARD, triton_layer.NORM_ROTARY_BACKWARD):
     tile["programs"] = 3  # the interpreter takes one program after another, and each has several tiles to do
-KERNELS = {"add_norm": add_norm, "norm_rotary": norm_rotary, "swiglu": swiglu}
+KERNELS = {"add_norm": add_norm, "norm_rotary": norm_rotary, "swiglu": swiglu, "cross_entropy": cross_entropy}
 for name, make in CASES:
     for dtype in (torch.float32, torch.float16):
         inputs, gradients, exact, plain = differentiate(name, make, dtype, "cpu")

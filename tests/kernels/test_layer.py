@@ -1,4 +1,4 @@
-"""The ops between a layer's matrix products, against their definitions differentiated in fp64."""
+"""The ops between a decoder's matrix products, against their definitions differentiated in fp64."""
 
 import os
 import pathlib
@@ -28,6 +28,10 @@ def norm_rotary_inputs(batch, seqlen, num_heads, num_kv_heads, head_dim, batch_o
     return [qkv, *norms, angles.cos(), angles.sin(), num_heads, num_kv_heads]
 
 
+def cross_entropy_inputs(shape, vocab_size):
+    return [torch.randn(*shape, vocab_size), torch.randint(vocab_size, shape)]
+
+
 CASES = [
     ("add_norm", lambda: add_norm_inputs((2, 37, 48), 51)),
     ("add_norm", lambda: add_norm_inputs((3, 5, 130), 0)),
@@ -37,7 +41,11 @@ CASES = [
     ("norm_rotary", lambda: norm_rotary_inputs(1, 17, 3, 1, 10)),
     ("swiglu", lambda: [torch.randn(3, 7, 2 * 43)]),
     ("swiglu", lambda: [torch.randn(1, 2)]),
+    ("cross_entropy", lambda: cross_entropy_inputs((3, 37), 256)),
+    ("cross_entropy", lambda: cross_entropy_inputs((2, 3), 10_001)),
+    ("cross_entropy", lambda: cross_entropy_inputs((1,), 2)),
 ]
+WITH_EPS = ("add_norm", "norm_rotary")
 NAMES = [f"{name}{number}" for number, (name, _) in enumerate(CASES)]
 
 
@@ -52,8 +60,8 @@ def differentiate(name, make, dtype, device):
     inputs = [
         x.to(device, dtype if i < cast else None) if isinstance(x, torch.Tensor) else x for i, x in enumerate(first)
     ]
-    options = {} if name == "swiglu" else {"eps": EPS}
-    differentiable = {"add_norm": (0, 1, 3), "norm_rotary": (0, 1, 2), "swiglu": (0,)}[name]
+    options = {"eps": EPS} if name in WITH_EPS else {}
+    differentiable = {"add_norm": (0, 1, 3), "norm_rotary": (0, 1, 2)}.get(name, (0,))
 
     def run(precision):
         values = [
@@ -66,7 +74,8 @@ def differentiate(name, make, dtype, device):
         return outs, [values[i] for i in differentiable]
 
     outs, leaves = run(torch.float64)
-    gradients = [torch.randn(x.shape, dtype=torch.float64).to(device, dtype) for x in outs]
+    result = torch.float32 if name == "cross_entropy" else dtype
+    gradients = [torch.randn(x.shape, dtype=torch.float64).to(device, result) for x in outs]
     exact = (*outs, *torch.autograd.grad(outs, leaves, [g.double() for g in gradients]))
     outs, leaves = run(None)
     plain = (*outs, *torch.autograd.grad(outs, leaves, gradients))
@@ -90,7 +99,7 @@ def call(name, inputs):
     if name == "norm_rotary":
         *tensors, num_heads, num_kv_heads = inputs
         return kernels.norm_rotary(*tensors, num_heads=num_heads, num_kv_heads=num_kv_heads, eps=EPS)
-    return (kernels.swiglu(*inputs),)
+    return (getattr(kernels, name)(*inputs),)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -99,7 +108,7 @@ def test_equals_the_definition(name, make, dtype, device):
     inputs, gradients, exact, plain = differentiate(name, make, dtype, device)
     leaves = [x.requires_grad_() for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
     leaves = leaves[: len(exact) - len(gradients)]
-    for other in ((0, 0), (-2, -1), (0, 1)):  # gradients of other strides
+    for other in ((0, 0), (-min(2, gradients[0].dim()), -1), (0, -1)):  # gradients of other strides
         outs = call(name, inputs)
         strided = [g.transpose(*other).contiguous().transpose(*other) for g in gradients]
         ours = (*outs, *torch.autograd.grad(outs, leaves, strided))
@@ -128,7 +137,7 @@ def test_ops_pass_opcheck():
         inputs, *_ = differentiate(name, make, torch.float32, "cuda")
         inputs = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
         kernels.load("cuda")
-        options = () if name == "swiglu" else (EPS,)
+        options = (EPS,) if name in WITH_EPS else ()
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
         cos_and_sin = slice(3, 5) if name == "norm_rotary" else slice(0)
         for x in inputs[cos_and_sin]:
@@ -150,12 +159,13 @@ def test_compiled_ahead_nothing_spills(capability):
     pytest.importorskip("triton")
     from kernels.layer import triton_layer as layer
 
-    types = dict.fromkeys(("weight", "dw", "q_norm", "k_norm", "cos", "sin"), "*fp32")
-    types |= {"noise": "*u8", "scale": "fp32", "eps": "fp32"}
+    types = dict.fromkeys(("weight", "dw", "q_norm", "k_norm", "cos", "sin", "nats", "dnats", "lse"), "*fp32")
+    types |= {"noise": "*u8", "targets": "*i64", "scale": "fp32", "eps": "fp32"}
     types |= dict.fromkeys(("rows", "threshold", "tokens", "seqlen", "num_angles"), "i32")
     types |= {f"{x}_{stride}": "i32" for x in "qkv" for stride in ("batch", "token", "head")}
     add_norm = {"DROP": True, "WIDTH": 384, "BLOCK": 512}
     norm_rotary = {"HQ": 6, "HK": 6, "HALF": 32, "BLOCK": 32}
+    vocabulary = {"WIDTH": 256, "BLOCK": 256, "ROWS": 16}
     for kernel, constants, tile in (
         (layer.add_norm_forward_kernel, add_norm, layer.ADD_NORM),
         (layer.add_norm_backward_kernel, add_norm, layer.ADD_NORM_BACKWARD),
@@ -163,6 +173,8 @@ def test_compiled_ahead_nothing_spills(capability):
         (layer.norm_rotary_backward_kernel, norm_rotary, layer.NORM_ROTARY_BACKWARD),
         (layer.swiglu_forward_kernel, {"WIDTH": 1024}, layer.SWIGLU),
         (layer.swiglu_backward_kernel, {"WIDTH": 1024}, layer.SWIGLU),
+        (layer.cross_entropy_forward_kernel, vocabulary, layer.CROSS_ENTROPY),
+        (layer.cross_entropy_backward_kernel, vocabulary, layer.CROSS_ENTROPY),
     ):
         given = constants | {name: tile[name] for name in ("ROWS", "BLOCK") if name in tile}
         signature = {name: types.get(name, "*bf16") for name in kernel.arg_names if name not in given}
@@ -179,6 +191,8 @@ def test_compiled_ahead_nothing_spills(capability):
     [
         (lambda x: kernels.swiglu(x[..., :3]), "gate_up: got 3 columns, needs an even number"),
         (lambda x: kernels.swiglu(x.long()), "gate_up: got torch.int64, allowed are float32"),
+        (lambda x: kernels.cross_entropy(x, x[..., 0]), "targets: got torch.float32 of shape .*, needs torch.int64 of"),
+        (lambda x: kernels.cross_entropy(x, x[0].long()), r"targets: .* of shape \(3, 4\), needs torch.int64 of shape \(2, 3"),
         (lambda x: kernels.add_norm(x, x[0], None, x[0, 0], eps=EPS), r"branch: got shape \(3, 4\), x has \(2, 3, 4\)"),
         (lambda x: kernels.add_norm(x, x.half(), None, x[0, 0], eps=EPS), "branch: got torch.float16, x is"),
         (lambda x: kernels.add_norm(x, x, x, x[0, 0], eps=EPS), "noise: got torch.float32, needs uint8"),
