@@ -102,9 +102,6 @@ def _add_train(jobs) -> None:
     job.add_argument("--shard", action="store_true", help="under torchrun: a slice of the model for each GPU (FSDP2)")
     job.add_argument("--tensorboard", action="store_true", help="write the losses for TensorBoard, too")
     job.add_argument("--profile", action="store_true", help="write trace.json: where the time of a few steps went")
-    job.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile; by default where there is a GPU"
-    )
     _add_attention(job)
     _add_device(job)
 
@@ -123,7 +120,6 @@ def _train(options: argparse.Namespace) -> None:
         resume=options.resume,
         seed=options.seed,
         steps=options.steps,
-        compile=options.compile,
         precision=options.precision,
         documents=None if options.documents is None else options.documents.replace("\\n", "\n"),
         recompute=options.recompute,

@@ -218,7 +218,6 @@ def compare_losses(device: torch.device, steps: int) -> dict[str, list[tuple[int
                 device=device.type,
                 steps=steps,
                 precision="fp32" if autocast_dtype(device) is None else "bf16",
-                compile=False,  # which would take longer than so short a run
                 log=lambda line: None,
             )
             rows = report.read_metrics(out / "metrics.csv")

@@ -165,7 +165,7 @@ class MLP(nn.Module):
 class Dropout(nn.Module):
     """Random bytes that decide what is left out in training: the entries whose byte is below `threshold`.
 
-    The share is rounded to 1/256. A 32-bit number for each entry, which torch.compile draws, is four times the traffic.
+    The share is rounded to 1/256: a 32-bit number for each entry is four times the traffic.
     """
 
     def __init__(self, share: float) -> None:

@@ -6,7 +6,6 @@ Knows torch and the names of the parameters; knows nothing of data or of the loo
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,53 @@ from toy_lm.config import TrainConfig
 # Five rounds of this quintic bring the singular values of a matrix near 1 (Keller Jordan, "Muon", 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
-# torch 2.11 ends in an assertion where it looks for an order of loops in ops on lists of tensors.
-_COMPILE_OPTIONS: dict[str, Any] = {"loop_ordering_after_fusion": False}
 
 
-class Muon(torch.optim.Optimizer):
+class AdamW:
+    """torch's fused AdamW, without torch.optim, the first use of which imports all of torch.compile: seconds."""
+
+    def __init__(
+        self, params: Iterable[Tensor], *, lr: Tensor, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        self.params, self.lr, self.betas, self.weight_decay = list(params), lr, betas, weight_decay
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        params = [parameter for parameter in self.params if parameter.grad is not None]
+        if not params:
+            return
+        for parameter in params:
+            if parameter not in self.state:
+                zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+        averages, squares, steps = (
+            [self.state[parameter][key] for parameter in params] for key in ("exp_avg", "exp_avg_sq", "step")
+        )
+        torch._foreach_add_(steps, 1.0)
+        torch._fused_adamw_(
+            params,
+            [parameter.grad for parameter in params if parameter.grad is not None],
+            averages,
+            squares,
+            [],
+            steps,
+            lr=self.lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=self.weight_decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+class Muon:
     """Momentum, orthogonalised: each matrix moves along the nearest half-orthogonal matrix to its averaged gradient.
 
     Equal to torch.optim.Muon with adjust_lr_fn="match_rms_adamw" but for rounding. Matrices of one shape, or of that
     shape transposed, are orthogonalised together, as one batch of matrix products: 30 of them for a decoder of any
-    depth, not 15 a matrix. With `compile` the element-wise work around them is fused by torch.compile.
+    depth, not 15 a matrix.
     """
 
     def __init__(
@@ -36,27 +72,23 @@ class Muon(torch.optim.Optimizer):
         lr: Tensor,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        compile: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.move = move
-        if compile:
-            self.move = torch.compile(move, fullgraph=True, dynamic=False, options=_COMPILE_OPTIONS)
+        self.params, self.lr, self.momentum, self.weight_decay = list(params), lr, momentum, weight_decay
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if not self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                by_shape.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
-            for parameters in by_shape.values():
-                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-                self.move(parameters, gradients, averages, group["lr"], group["momentum"], group["weight_decay"])
+    def step(self) -> None:
+        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+        for parameter in self.params:
+            if parameter.grad is None:
+                continue
+            if parameter not in self.state:
+                self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+            by_shape.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
+        for parameters in by_shape.values():
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            move(parameters, gradients, averages, self.lr, self.momentum, self.weight_decay)
 
 
 def move(
@@ -98,9 +130,9 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """What updates a model: one torch optimizer, or two. Norms' scales do not decay."""
+    """What updates a model: AdamW alone, or with Muon. Norms' scales do not decay."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, *, compile: bool = False) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         self.learning_rate = torch.zeros((), device=device)
         self.named = dict(model.named_parameters())
         muon: list[Tensor] = []
@@ -113,29 +145,14 @@ class Optimizer:
                 muon.append(parameter)
             else:
                 matrices.append(parameter)
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": scales, "weight_decay": 0.0},
-        ]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                groups,
-                lr=self.learning_rate,
-                betas=(config.beta1, config.beta2),
-                fused=True,
-                capturable=device.type == "cuda",
-            )
+        betas = (config.beta1, config.beta2)
+        self.optimizers: list[AdamW | Muon] = [
+            AdamW(matrices, lr=self.learning_rate, betas=betas, weight_decay=config.weight_decay),
+            AdamW(scales, lr=self.learning_rate, betas=betas, weight_decay=0.0),
         ]
         if muon:
-            self.optimizers.append(
-                Muon(
-                    muon,
-                    lr=self.learning_rate,
-                    momentum=config.momentum,
-                    weight_decay=config.weight_decay,
-                    compile=compile,
-                )
-            )
+            decay = config.weight_decay
+            self.optimizers.append(Muon(muon, lr=self.learning_rate, momentum=config.momentum, weight_decay=decay))
 
     def set_learning_rate(self, rate: Tensor) -> None:
         self.learning_rate.copy_(rate.view(()))
@@ -145,8 +162,8 @@ class Optimizer:
             optimizer.step()
 
     def zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in self.named.values():
+            parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of the state as {"optimizer.KEY.PARAMETER": tensor}, whole: every worker has to ask."""
@@ -160,12 +177,12 @@ class Optimizer:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave; other names are left alone."""
-        of_parameter = {id(p): o for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        of_parameter = {parameter: optimizer for optimizer in self.optimizers for parameter in optimizer.params}
         for full_name, value in state.items():
             kind, _, rest = full_name.partition(".")
             if kind != "optimizer":
                 continue
             key, _, name = rest.partition(".")
             parameter = self.named[name]
-            optimizer = of_parameter[id(parameter)]
-            optimizer.state[parameter][key] = distributed.sliced_like(value.to(parameter.device), parameter)
+            optimizer_state = of_parameter[parameter].state.setdefault(parameter, {})
+            optimizer_state[key] = distributed.sliced_like(value.to(parameter.device), parameter)

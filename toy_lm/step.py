@@ -32,7 +32,6 @@ class TrainStep:
 
     rate         the learning rate of a step, a number
     autocast     what matrices are multiplied in; None is fp32
-    compile      fuse the small ops of the layers, the losses and the optimizer with torch.compile
     workers      with whom each batch is shared out
     recompute    keep little of each layer for the backward pass (gradient checkpointing)
     sharded      the workers hold slices of the model: gradients are then added up as they come
@@ -50,7 +49,6 @@ class TrainStep:
         *,
         device: torch.device,
         autocast: torch.dtype | None,
-        compile: bool = False,
         workers: Workers = ALONE,
         recompute: bool = False,
         sharded: bool = False,
@@ -63,11 +61,6 @@ class TrainStep:
                 f"grad_accumulation = {config.grad_accumulation}"
             )
         self.autocast = autocast
-        self.output_losses = model.losses
-        if compile:
-            for layer in model.model.layers:
-                layer.compile(fullgraph=True, dynamic=False)  # compiled once, used by each
-            self.output_losses = torch.compile(model.losses, fullgraph=True, dynamic=False)
         self.begin = self.next_step = self.end = 0  # the first step laid out, the one to do, the one after the last
         part = config.batch_size // (workers.count * config.grad_accumulation)
         shape = (TABLE, config.grad_accumulation, part, config.seqlen + 1)
@@ -101,17 +94,11 @@ class TrainStep:
         self.next_step = step + 1
 
     def losses(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Nats of each target, (batch * seqlen,) fp32, of inputs and targets (batch, seqlen) int64.
-
-        Without gradients nothing is compiled: an evaluation is short, and its batches differ in size.
-        """
-        plain = not torch.is_grad_enabled()
-        recompute = self.recompute and not plain
-        with (
-            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
-            torch.compiler.set_stance("force_eager") if plain else contextlib.nullcontext(),
-        ):
-            return self.output_losses(self.model.hidden(inputs, documents=documents, recompute=recompute), targets)
+        """Nats of each target, (batch * seqlen,) fp32, of inputs and targets (batch, seqlen) int64."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            hidden = self.model.hidden(inputs, documents=documents, recompute=recompute)
+            return self.model.losses(hidden, targets)
 
     def read(self) -> list[list[float]]:
         """[loss, gradient norm] of every step since the last call; waits for the device."""

@@ -16,7 +16,6 @@ Knows the model, the data and the run folder; knows nothing of kernels beyond bi
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import math
 import pathlib
 import signal
@@ -68,7 +67,6 @@ class Execution:
     attention: str
     device: torch.device
     autocast: torch.dtype | None
-    compile: bool
     workers: Workers
     recompute: bool = False
     sharded: bool = False
@@ -87,7 +85,6 @@ def train(
     steps: int | None = None,
     stop_after: int | None = None,
     precision: str = "auto",
-    compile: bool | None = None,
     documents: str | None = None,
     recompute: bool = False,
     shard: bool = False,
@@ -103,7 +100,6 @@ def train(
     seed        of the weights and the batches; None takes the preset's
     steps       how many steps in all; None takes the preset's
     precision   "fp32", "bf16", or "auto": bf16 where the hardware multiplies it faster
-    compile     fuse the small ops with torch.compile; None does so on CUDA where there is Triton
     documents   the text behind which a document ends, as "\\n\\n": attention then stays within documents, which lie
                 packed in the windows; None takes the preset's. "fused" attention only
     recompute   gradient checkpointing: keep each layer's input alone for the backward pass, compute the rest again
@@ -124,14 +120,11 @@ def train(
     )
     preset = dataclasses.replace(preset, train=config)
     with distributed.workers(pick_device(device)) as (workers, where):
-        if compile is None:
-            compile = where.type == "cuda" and importlib.util.find_spec("triton") is not None
         autocast = training_dtype(where, precision)
         execution = Execution(
             attention=attention,
             device=where,
             autocast=autocast,
-            compile=compile,
             workers=workers,
             recompute=recompute,
             sharded=shard and workers.count > 1,
@@ -230,7 +223,7 @@ class Trainer:
         self.validation_windows = data.Windows(validation_ids, seqlen, device, validation_starts)
         if execution.sharded:
             distributed.shard(self.model, list(self.model.model.layers), "hidden")
-        self.optimizer = Optimizer(self.model, self.config, device, compile=execution.compile and not execution.sharded)
+        self.optimizer = Optimizer(self.model, self.config, device)
         rate = functools.partial(learning_rate, config=self.config)
         self.train_step = TrainStep(
             self.model,
@@ -240,7 +233,6 @@ class Trainer:
             rate,
             device=device,
             autocast=execution.autocast,
-            compile=execution.compile,
             workers=self.workers,
             recompute=execution.recompute,
             sharded=execution.sharded,
@@ -290,7 +282,7 @@ class Trainer:
         hidden = None if self.workers.rank == 0 else True  # None: where there is no terminal
         with tqdm(total=config.num_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True) as bar:
             shown = begin = clock = time.perf_counter()
-            announced = self.execution.compile
+            announced = self.device.type == "cuda"
             if announced:
                 log("the first step waits until its kernels are compiled: seconds from a cache, else up to a minute")
             while self.step < last_step and not self._must_stop(interrupted):

@@ -118,7 +118,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats (...,) fp32, or fp64 of fp64: -log softmax(logits)[target], of logits (..., vocab_size), targets (...,) int64.
+    """-log softmax(logits)[target], (...,) fp32 (or fp64), of logits (..., vocab_size) and targets (...,) int64.
 
     Raises ValueError naming the argument, what it got and what it allows.
     """

@@ -1,4 +1,4 @@
-"""The Triton kernels between matrix products in Triton's interpreter against autograd's fp64; run with TRITON_INTERPRET=1.
+"""The Triton kernels of a layer in Triton's interpreter against autograd's fp64; run with TRITON_INTERPRET=1.
 
 The interpreter has to be chosen before the kernels are imported, hence a process of its own.
 """

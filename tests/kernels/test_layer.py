@@ -192,7 +192,7 @@ def test_compiled_ahead_nothing_spills(capability):
         (lambda x: kernels.swiglu(x[..., :3]), "gate_up: got 3 columns, needs an even number"),
         (lambda x: kernels.swiglu(x.long()), "gate_up: got torch.int64, allowed are float32"),
         (lambda x: kernels.cross_entropy(x, x[..., 0]), "targets: got torch.float32 of shape .*, needs torch.int64 of"),
-        (lambda x: kernels.cross_entropy(x, x[0].long()), r"targets: .* of shape \(3, 4\), needs torch.int64 of shape \(2, 3"),
+        (lambda x: kernels.cross_entropy(x, x[0].long()), r"targets: .* of shape \(3, 4\), needs .* shape \(2, 3"),
         (lambda x: kernels.add_norm(x, x[0], None, x[0, 0], eps=EPS), r"branch: got shape \(3, 4\), x has \(2, 3, 4\)"),
         (lambda x: kernels.add_norm(x, x.half(), None, x[0, 0], eps=EPS), "branch: got torch.float16, x is"),
         (lambda x: kernels.add_norm(x, x, x, x[0, 0], eps=EPS), "noise: got torch.float32, needs uint8"),

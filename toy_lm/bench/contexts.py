@@ -35,7 +35,6 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of a step; each context has to divide it")
     parser.add_argument("--steps", type=int, default=10, help="how many are timed")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile, anew for each context")
     options = parser.parse_args(arguments)
     for context in options.contexts:
         if context < 1 or options.tokens % context:
@@ -86,13 +85,12 @@ def _train(chosen: Preset, attention: str, device: torch.device, options: argpar
     model = Transformer(chosen.model, attention).to(device).train()
     step = TrainStep(
         model,
-        Optimizer(model, config, device, compile=options.compile),
+        Optimizer(model, config, device),
         data.Windows(token_ids, config.seqlen, device),
         config,
         lambda number: 1e-4,
         device=device,
         autocast=training_dtype(device, "auto"),
-        compile=options.compile,
     )
     number = 0
     for _ in range(5):  # on a GPU the fourth is captured

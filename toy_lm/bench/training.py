@@ -162,13 +162,12 @@ def _this_project(name: str, chosen: Preset, windows: data.Windows, device: torc
     model = Transformer(chosen.model, "fused", config.dropout).to(device)
     step = TrainStep(
         model,
-        Optimizer(model, config, device, compile=device.type == "cuda"),
+        Optimizer(model, config, device),
         windows,
         config,
         functools.partial(learning_rate, config=config),
         device=device,
         autocast=training_dtype(device, "auto"),
-        compile=device.type == "cuda",
     )
 
     def losses(inputs: Tensor, targets: Tensor) -> Tensor:
