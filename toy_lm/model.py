@@ -10,6 +10,7 @@ the cache: the first call (prefill) attends among its own tokens, later ones ove
 Knows kernels only through `import kernels`; knows nothing of text, files or training.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -83,14 +84,46 @@ class RotaryPositions(nn.Module):
         return self.cos[positions], self.sin[positions]
 
 
-def project(x: Tensor, *linears: nn.Linear) -> Tensor:
-    """What the linear maps make of x (..., model_dim), side by side.
+class Copies(torch.autograd.Function):
+    """Copies of weights in the dtype that matrices are multiplied in, some side by side; gradients come back in fp32.
+
+    All are rounded by one kernel, and one widens all gradients, where autocast takes two or three for each weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, counts: tuple[int, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+        """The first counts[0] of the weights (rows, columns) make one copy, and so on."""
+        ends = itertools.accumulate(counts)
+        groups = [weights[end - count : end] for count, end in zip(counts, ends, strict=True)]
+        ctx.rows = [[len(weight) for weight in group] for group in groups]
+        copies = [
+            group[0].new_empty((sum(rows), group[0].shape[1]), dtype=dtype)
+            for group, rows in zip(groups, ctx.rows, strict=True)
+        ]
+        parts = [part for copy, rows in zip(copies, ctx.rows, strict=True) for part in copy.split(rows)]
+        torch._foreach_copy_(parts, weights)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        parts = [part for gradient, rows in zip(gradients, ctx.rows, strict=True) for part in gradient.split(rows)]
+        widened = [torch.empty_like(part, dtype=torch.float32) for part in parts]
+        torch._foreach_copy_(widened, parts)
+        return None, None, *widened
+
+
+def project(x: Tensor, weight: Tensor | None, *linears: nn.Linear) -> Tensor:
+    """What the linear maps make of x (..., model_dim), side by side; `weight` is a copy of all their weights, or None.
 
     In training as one product with their weights side by side: x is read once, and its gradient is not added up from
     parts. Without gradients of two copies the smaller is made: for few tokens each map goes alone.
     """
-    if torch.is_grad_enabled() or x.numel() > x.shape[-1] ** 2:
-        return F.linear(x, torch.cat([linear.weight for linear in linears]))
+    if weight is None and len(linears) == 1:
+        weight = linears[0].weight
+    elif weight is None and (torch.is_grad_enabled() or x.numel() > x.shape[-1] ** 2):
+        weight = torch.cat([linear.weight for linear in linears])
+    if weight is not None:
+        return F.linear(x, weight)
     return torch.cat([linear(x) for linear in linears], dim=-1)
 
 
@@ -110,6 +143,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
+        copies: tuple[Tensor | None, Tensor | None],
         cos: Tensor,
         sin: Tensor,
         cache: KVCache | None,
@@ -120,7 +154,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         batch_size, seqlen, _ = x.shape
         q, k, v = kernels.norm_rotary(
-            project(x, self.q_proj, self.k_proj, self.v_proj),
+            project(x, copies[0], self.q_proj, self.k_proj, self.v_proj),
             self.q_norm.weight,
             self.k_norm.weight,
             cos,
@@ -135,7 +169,7 @@ class Attention(nn.Module):
                 *packed, documents, documents, max_seqlen_q=seqlen, max_seqlen_k=seqlen, causal=True
             )
             assert isinstance(out, Tensor)
-            return self.o_proj(out.reshape(batch_size, seqlen, -1))
+            return project(out.reshape(batch_size, seqlen, -1), copies[1], self.o_proj)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         # q (batch, num_heads, seqlen, head_dim); k, v (batch, num_kv_heads, seqlen, head_dim)
 
@@ -146,7 +180,7 @@ class Attention(nn.Module):
         else:
             assert cache is not None
             out = kernels.decode_attention(q, cache.k[layer], cache.v[layer], cache.seqlens)
-        return self.o_proj(out.transpose(1, 2).reshape(batch_size, seqlen, -1))
+        return project(out.transpose(1, 2).reshape(batch_size, seqlen, -1), copies[1], self.o_proj)
 
 
 class MLP(nn.Module):
@@ -158,8 +192,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.model_dim, config.mlp_dim, bias=False)
         self.down_proj = nn.Linear(config.mlp_dim, config.model_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(kernels.swiglu(project(x, self.gate_proj, self.up_proj)))
+    def forward(self, x: Tensor, copies: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        return project(kernels.swiglu(project(x, copies[0], self.gate_proj, self.up_proj)), copies[1], self.down_proj)
 
 
 class Dropout(nn.Module):
@@ -201,15 +235,23 @@ class Layer(nn.Module):
         self.post_attention_layernorm = AddNorm(config, dropout)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, branch: Tensor, noise: Tensor | None, *context) -> tuple[Tensor, Tensor]:
+    def products(self) -> list[list[nn.Linear]]:
+        """The linear maps, those together that are applied as one product."""
+        a, m = self.self_attn, self.mlp
+        return [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]]
+
+    def forward(
+        self, x: Tensor, branch: Tensor, noise: Tensor | None, copies: tuple[Tensor | None, ...], *context
+    ) -> tuple[Tensor, Tensor]:
         """The residual stream, and what has yet to be added to it: both as the layer before left them.
 
-        noise (2, batch, seqlen, model_dim) uint8, for that branch and for attention's, or None.
+        noise   (2, batch, seqlen, model_dim) uint8, for that branch and for attention's, or None
+        copies  of the weights of the four products, or None for each
         """
         first, second = (None, None) if noise is None else noise
         x, h = self.input_layernorm(x, branch, first)
-        x, h = self.post_attention_layernorm(x, self.self_attn(h, *context), second)
-        return x, self.mlp(h)
+        x, h = self.post_attention_layernorm(x, self.self_attn(h, copies[:2], *context), second)
+        return x, self.mlp(h, copies[2:])
 
 
 class Decoder(nn.Module):
@@ -275,15 +317,41 @@ class Transformer(nn.Module):
         cos, sin = self.model.rotary(positions)
         branch = self._embedded(token_ids)  # (batch, seqlen, model_dim)
         x = torch.zeros_like(branch)
+        copies = self._copies(token_ids.device.type)
         noise = self.model.dropout(2 * len(self.model.layers) + 1, *x.shape, device=x.device)
         for number, layer in enumerate(self.model.layers):
             own = None if noise is None else noise[2 * number : 2 * number + 2]
-            arguments = (x, branch, own, cos, sin, cache, number, positions, prefill, documents)
+            arguments = (
+                x,
+                branch,
+                own,
+                copies[4 * number : 4 * number + 4],
+                cos,
+                sin,
+                cache,
+                number,
+                positions,
+                prefill,
+                documents,
+            )
             if recompute:  # what is random is an argument
                 x, branch = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, branch = layer(*arguments)
         return self.model.norm(x, branch, None if noise is None else noise[-1])[1]
+
+    def _copies(self, kind: str) -> tuple[Tensor | None, ...]:
+        """In autocast's dtype, for training: of the weights of each of each layer's four `products`.
+
+        None for each where they are not rounded, or are slices that each layer gathers by itself (FSDP2).
+        """
+        products = [linears for layer in self.model.layers for linears in layer.products()]
+        weights = [linear.weight for linears in products for linear in linears]
+        rounded = torch.is_grad_enabled() and torch.is_autocast_enabled(kind)
+        if not rounded or hasattr(weights[0], "full_tensor"):
+            return (None,) * len(products)
+        counts = tuple(len(linears) for linears in products)
+        return Copies.apply(torch.get_autocast_dtype(kind), counts, *weights)
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         """In the dtype of autocast, if it is on: what the layers add to is then half the traffic."""
