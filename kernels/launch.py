@@ -76,6 +76,11 @@ class Watch(TorchDispatchMode):
         self.num_launches = 0
         self.understood = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would import all of torch.compile, for seconds, to keep it away from what it never sees."""
+        return False
+
     def run(self, launcher: Callable[..., Any]) -> Any:
         """launcher(*arguments), and hand over to C++ what it did if that can be done again."""
         _watching.watch = self
