@@ -13,6 +13,7 @@ from kernels.flash_attention.op import (
 )
 from kernels.layer.op import add_norm, cross_entropy, norm_rotary, swiglu
 from kernels.load import BuildError, load
+from kernels.orthogonalize.op import orthogonalize
 from kernels.top_k.op import Sampled, sample, top_k
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "flash_attention_varlen",
     "load",
     "norm_rotary",
+    "orthogonalize",
     "sample",
     "swiglu",
     "top_k",

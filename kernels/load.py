@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 HERE = pathlib.Path(__file__).parent
-OP_FOLDERS = ("flash_attention", "top_k", "decode_step", "layer")
+OP_FOLDERS = ("flash_attention", "top_k", "decode_step", "layer", "orthogonalize")
 DEVICE_TYPES = ("cpu", "cuda")
 CPU_CAPABILITIES = ("native", "plain", "avx2", "avx512", "avx512_bf16")
 # torch's stable ABI of release 2.11: one source builds against 2.11 and later.

@@ -235,11 +235,6 @@ class Layer(nn.Module):
         self.post_attention_layernorm = AddNorm(config, dropout)
         self.mlp = MLP(config)
 
-    def products(self) -> list[list[nn.Linear]]:
-        """The linear maps, those together that are applied as one product."""
-        a, m = self.self_attn, self.mlp
-        return [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]]
-
     def forward(
         self, x: Tensor, branch: Tensor, noise: Tensor | None, copies: tuple[Tensor | None, ...], *context
     ) -> tuple[Tensor, Tensor]:
@@ -252,6 +247,12 @@ class Layer(nn.Module):
         x, h = self.input_layernorm(x, branch, first)
         x, h = self.post_attention_layernorm(x, self.self_attn(h, copies[:2], *context), second)
         return x, self.mlp(h, copies[2:])
+
+
+def _products(layer: Any) -> list[list[nn.Linear]]:
+    """A layer's linear maps, those together that are applied as one product."""
+    a, m = layer.self_attn, layer.mlp
+    return [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]]
 
 
 class Decoder(nn.Module):
@@ -341,11 +342,11 @@ class Transformer(nn.Module):
         return self.model.norm(x, branch, None if noise is None else noise[-1])[1]
 
     def _copies(self, kind: str) -> tuple[Tensor | None, ...]:
-        """In autocast's dtype, for training: of the weights of each of each layer's four `products`.
+        """In autocast's dtype, for training: of the weights of each layer's four `_products`.
 
         None for each where they are not rounded, or are slices that each layer gathers by itself (FSDP2).
         """
-        products = [linears for layer in self.model.layers for linears in layer.products()]
+        products = [linears for layer in self.model.layers for linears in _products(layer)]
         weights = [linear.weight for linears in products for linear in linears]
         rounded = torch.is_grad_enabled() and torch.is_autocast_enabled(kind)
         if not rounded or hasattr(weights[0], "full_tensor"):
@@ -358,8 +359,8 @@ class Transformer(nn.Module):
         weight, kind = self.model.embed_tokens.weight, token_ids.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         if kind == "cuda" and torch.is_grad_enabled() and len(weight) <= _SMALL_VOCABULARY:
-            one_hot = token_ids[..., None] == torch.arange(len(weight), device=token_ids.device)
-            return one_hot.to(dtype) @ weight
+            one_hot = torch.zeros(*token_ids.shape, len(weight), dtype=dtype, device=token_ids.device)
+            return one_hot.scatter_(-1, token_ids[..., None], 1.0) @ weight
         return self.model.embed_tokens(token_ids).to(dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:

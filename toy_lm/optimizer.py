@@ -2,20 +2,18 @@
 
 The learning rate is a tensor on the device, so that a captured graph reads the step's own.
 
-Knows torch and the names of the parameters; knows nothing of data or of the loop.
+Knows torch, the names of the parameters, and kernels through `import kernels`; knows nothing of data or of the loop.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+import kernels
 from toy_lm import distributed
 from toy_lm.config import TrainConfig
-
-# Five rounds of this quintic bring the singular values of a matrix near 1 (Keller Jordan, "Muon", 2024).
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_ROUNDS = 5
 
 
 class AdamW:
@@ -60,73 +58,42 @@ class AdamW:
 class Muon:
     """Momentum, orthogonalised: each matrix moves along the nearest half-orthogonal matrix to its averaged gradient.
 
-    Equal to torch.optim.Muon with adjust_lr_fn="match_rms_adamw" but for rounding. Matrices of one shape, or of that
-    shape transposed, are orthogonalised together, as one batch of matrix products: 30 of them for a decoder of any
-    depth, not 15 a matrix.
+    Equal to torch.optim.Muon with adjust_lr_fn="match_rms_adamw" but for rounding. The matrices are of one shape and
+    orthogonalised together: fifteen batches of products for a decoder of any depth, not fifteen a matrix.
     """
 
     def __init__(
-        self,
-        params: Iterable[Tensor],
-        *,
-        lr: Tensor,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
+        self, params: Iterable[Tensor], *, lr: Tensor, momentum: float = 0.95, weight_decay: float = 0.0
     ) -> None:
         self.params, self.lr, self.momentum, self.weight_decay = list(params), lr, momentum, weight_decay
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def step(self) -> None:
-        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
-        for parameter in self.params:
-            if parameter.grad is None:
-                continue
+        params = [parameter for parameter in self.params if parameter.grad is not None]
+        if not params:
+            return
+        for parameter in params:
             if parameter not in self.state:
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-            by_shape.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
-        for parameters in by_shape.values():
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-            move(parameters, gradients, averages, self.lr, self.momentum, self.weight_decay)
+        gradients = [parameter.grad for parameter in params if parameter.grad is not None]
+        averages = [self.state[parameter]["momentum_buffer"] for parameter in params]
+        torch._foreach_lerp_(averages, gradients, 1.0 - self.momentum)
+        ahead = list(torch._foreach_lerp(gradients, averages, self.momentum))  # Nesterov
+        if _is_sliced(ahead[0]):
+            ahead = [distributed.whole(x.bfloat16()) for x in ahead]
+        rounded = ahead[0].new_empty((len(ahead), *ahead[0].shape), dtype=torch.bfloat16)
+        torch._foreach_copy_(rounded.unbind(), ahead)
+        # An orthogonal update has entries of about 1 / sqrt(max(rows, columns)); AdamW's are about 0.2.
+        updates = kernels.orthogonalize(rounded, -0.2 * max(ahead[0].shape) ** 0.5 * self.lr)
+        torch._foreach_mul_(params, 1.0 - self.lr * self.weight_decay)
+        torch._foreach_add_(
+            params, [distributed.sliced_like(x, p) for x, p in zip(updates.unbind(), params, strict=True)]
+        )
 
 
-def move(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    averages: list[Tensor],
-    lr: Tensor,
-    momentum: float,
-    weight_decay: float,
-) -> None:
-    """One step of Muon for matrices of one shape, some of them transposed; changes parameters and averages."""
-    torch._foreach_lerp_(averages, gradients, 1.0 - momentum)
-    ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov
-    # (matrices, rows, columns); whole matrices, also where workers hold slices of them
-    update = orthogonalize(torch.stack([_wide(distributed.whole(x.bfloat16())) for x in ahead]))
-    # An orthogonal update has entries of about 1 / sqrt(max(rows, columns)); AdamW's are about 0.2.
-    update = update.to(parameters[0].dtype) * (-0.2 * max(parameters[0].shape) ** 0.5 * lr)
-    torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
-    moves = [x if x.shape == p.shape else x.mT for x, p in zip(update.unbind(), parameters, strict=True)]
-    torch._foreach_add_(parameters, [distributed.sliced_like(x, p) for x, p in zip(moves, parameters, strict=True)])
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.mT if x.shape[-2] > x.shape[-1] else x
-
-
-def orthogonalize(x: Tensor) -> Tensor:
-    """Of x = U S V^T (matrices, rows, columns), about U V^T, in bf16, by Newton-Schulz rounds."""
-    a, b, c = _NEWTON_SCHULZ
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.bfloat16()
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(_ROUNDS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+def _is_sliced(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
 
 
 class Optimizer:
@@ -135,14 +102,14 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         self.learning_rate = torch.zeros((), device=device)
         self.named = dict(model.named_parameters())
-        muon: list[Tensor] = []
+        by_shape: dict[torch.Size, list[Tensor]] = {}
         matrices: list[Tensor] = []
         scales: list[Tensor] = []
         for name, parameter in self.named.items():
             if parameter.dim() < 2:
                 scales.append(parameter)
             elif config.optimizer == "muon" and "embed_tokens" not in name:
-                muon.append(parameter)
+                by_shape.setdefault(parameter.shape, []).append(parameter)
             else:
                 matrices.append(parameter)
         betas = (config.beta1, config.beta2)
@@ -150,16 +117,26 @@ class Optimizer:
             AdamW(matrices, lr=self.learning_rate, betas=betas, weight_decay=config.weight_decay),
             AdamW(scales, lr=self.learning_rate, betas=betas, weight_decay=0.0),
         ]
-        if muon:
-            decay = config.weight_decay
-            self.optimizers.append(Muon(muon, lr=self.learning_rate, momentum=config.momentum, weight_decay=decay))
+        self.optimizers += [
+            Muon(muon, lr=self.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
+            for muon in by_shape.values()
+        ]
+        # Where they are sliced, the optimizers gather one after the other.
+        aside = device.type == "cuda" and not _is_sliced(next(model.parameters()))
+        self.streams = [torch.cuda.Stream(device) for _ in self.optimizers] if aside else []
 
     def set_learning_rate(self, rate: Tensor) -> None:
         self.learning_rate.copy_(rate.view(()))
 
     def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
+        """On a GPU each optimizer has a stream of its own: none of them keeps it busy by itself."""
+        for optimizer, stream in itertools.zip_longest(self.optimizers, self.streams):
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # None: the current one
+                optimizer.step()
+        for stream in self.streams:
+            torch.cuda.current_stream().wait_stream(stream)
 
     def zero_grad(self) -> None:
         for parameter in self.named.values():

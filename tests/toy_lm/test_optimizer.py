@@ -7,13 +7,13 @@ import torch
 
 from tests.toy_lm.test_train import TINY
 from toy_lm.model import Transformer
-from toy_lm.optimizer import Muon, Optimizer, orthogonalize
+from toy_lm.optimizer import Muon, Optimizer
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (48, 32), (32, 48)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
-def test_muon_moves_as_torchs_does(weight_decay):
-    shapes = [(32, 32), (32, 32), (48, 32), (32, 48), (48, 32)]
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+def test_muon_moves_as_torchs_does(shape, weight_decay):
+    ours = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
     theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
     muon = Muon(ours, lr=torch.tensor(0.02), weight_decay=weight_decay)
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -26,15 +26,6 @@ def test_muon_moves_as_torchs_does(weight_decay):
     for parameter, other in zip(ours, theirs, strict=True):
         # One bf16 rounding (2^-8) of a step of about 0.02 * 0.2 * sqrt(48) / sqrt(32), four times.
         torch.testing.assert_close(parameter, other, atol=4 * 2**-8 * 0.02, rtol=0)
-
-
-def test_orthogonalize_brings_the_singular_values_near_one():
-    x = torch.randn(3, 40, 24)
-    before = torch.linalg.svdvals(x)
-    after = torch.linalg.svdvals(orthogonalize(x).float())
-    assert before.max() / before.min() > 4
-    assert after.min() > 0.6 and after.max() < 1.3
-    assert torch.equal(orthogonalize(x.mT), orthogonalize(x).mT)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
