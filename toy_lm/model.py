@@ -11,7 +11,6 @@ Knows kernels only through `import kernels`; knows nothing of text, files or tra
 """
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -197,21 +196,17 @@ class MLP(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Random bytes that decide what is left out in training: the entries whose byte is below `threshold`.
-
-    The share is rounded to 1/256: a 32-bit number for each entry is four times the traffic.
-    """
+    """Random keys that decide what is left out in training: `threshold` entries of 256."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
         self.threshold = round(256 * share)
 
-    def forward(self, *shape: int, device: torch.device) -> Tensor | None:
-        """Random bytes (*shape,); None where nothing is to be left out."""
+    def forward(self, count: int, device: torch.device) -> Tensor | None:
+        """So many keys (count, 2) for `kernels.add_norm`; None where nothing is to be left out."""
         if not self.training or self.threshold == 0:
             return None
-        words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=device)
-        return words.random_(-(1 << 63), None).view(torch.uint8)[: math.prod(shape)].view(shape)
+        return torch.randint(1 << 62, (count, 2), device=device)
 
 
 class AddNorm(nn.Module):
@@ -222,9 +217,9 @@ class AddNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.model_dim))
         self.threshold, self.eps = dropout.threshold, config.norm_eps
 
-    def forward(self, x: Tensor, branch: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sum of x and branch, and its norm, (batch, seqlen, model_dim) each; noise: bytes from Dropout."""
-        return kernels.add_norm(x, branch, noise, self.weight, threshold=self.threshold, eps=self.eps)
+    def forward(self, x: Tensor, branch: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum of x and branch, and its norm, (batch, seqlen, model_dim) each; key: one of Dropout's."""
+        return kernels.add_norm(x, branch, key, self.weight, threshold=self.threshold, eps=self.eps)
 
 
 class Layer(nn.Module):
@@ -236,14 +231,14 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, branch: Tensor, noise: Tensor | None, copies: tuple[Tensor | None, ...], *context
+        self, x: Tensor, branch: Tensor, keys: Tensor | None, copies: tuple[Tensor | None, ...], *context
     ) -> tuple[Tensor, Tensor]:
         """The residual stream, and what has yet to be added to it: both as the layer before left them.
 
-        noise   (2, batch, seqlen, model_dim) uint8, for that branch and for attention's, or None
+        keys    (2, 2) of Dropout, for that branch and for attention's, or None
         copies  of the weights of the four products, or None for each
         """
-        first, second = (None, None) if noise is None else noise
+        first, second = (None, None) if keys is None else keys
         x, h = self.input_layernorm(x, branch, first)
         x, h = self.post_attention_layernorm(x, self.self_attn(h, copies[:2], *context), second)
         return x, self.mlp(h, copies[2:])
@@ -319,9 +314,9 @@ class Transformer(nn.Module):
         branch = self._embedded(token_ids)  # (batch, seqlen, model_dim)
         x = torch.zeros_like(branch)
         copies = self._copies(token_ids.device.type)
-        noise = self.model.dropout(2 * len(self.model.layers) + 1, *x.shape, device=x.device)
+        keys = self.model.dropout(2 * len(self.model.layers) + 1, x.device)
         for number, layer in enumerate(self.model.layers):
-            own = None if noise is None else noise[2 * number : 2 * number + 2]
+            own = None if keys is None else keys[2 * number : 2 * number + 2]
             arguments = (
                 x,
                 branch,
@@ -339,7 +334,7 @@ class Transformer(nn.Module):
                 x, branch = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, branch = layer(*arguments)
-        return self.model.norm(x, branch, None if noise is None else noise[-1])[1]
+        return self.model.norm(x, branch, None if keys is None else keys[-1])[1]
 
     def _copies(self, kind: str) -> tuple[Tensor | None, ...]:
         """In autocast's dtype, for training: of the weights of each layer's four `_products`.

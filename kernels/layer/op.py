@@ -23,8 +23,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("kernels", "FRAGMENT")
 for _schema in (
-    "add_norm(Tensor x, Tensor branch, Tensor? noise, Tensor weight, int threshold, float eps) -> (Tensor, Tensor)",
-    "add_norm_backward(Tensor dnew_x, Tensor dh, Tensor new_x, Tensor? noise, Tensor weight, int threshold, float eps)"
+    "add_norm(Tensor x, Tensor branch, Tensor? key, Tensor weight, int threshold, float eps) -> (Tensor, Tensor)",
+    "add_norm_backward(Tensor dnew_x, Tensor dh, Tensor new_x, Tensor? key, Tensor weight, int threshold, float eps)"
     " -> (Tensor, Tensor, Tensor)",
     "norm_rotary(Tensor qkv, Tensor q_norm, Tensor k_norm, Tensor cos, Tensor sin, int num_heads, int num_kv_heads, "
     "float eps) -> (Tensor, Tensor, Tensor)",
@@ -40,32 +40,31 @@ _ops = torch.ops.kernels
 
 
 def add_norm(
-    x: Tensor, branch: Tensor, noise: Tensor | None, weight: Tensor, *, threshold: int = 0, eps: float
+    x: Tensor, branch: Tensor, key: Tensor | None, weight: Tensor, *, threshold: int = 0, eps: float
 ) -> tuple[Tensor, Tensor]:
     """x + dropout(branch), and the RMSNorm of that sum.
 
     x, branch  (..., model_dim), of one shape, dtype and device
-    noise      random bytes, uint8 of x's shape: where one is below `threshold` branch is left out, and what is kept is
-               scaled by 256 / (256 - threshold). None keeps everything
+    key        (2,) int64, random: of it and an entry's place a byte is made. Where that is below `threshold` branch is
+               left out, and what is kept is scaled by 256 / (256 - threshold). None keeps everything
     weight     (model_dim,), the norm's scale
 
     Raises ValueError naming the argument, what it got and what it allows.
     """
     _check_dtype("x", x)
-    for name, other in (("branch", branch), ("noise", noise)):
-        if other is not None and other.shape != x.shape:
-            raise ValueError(f"{name}: got shape {tuple(other.shape)}, x has {tuple(x.shape)}")
+    if branch.shape != x.shape:
+        raise ValueError(f"branch: got shape {tuple(branch.shape)}, x has {tuple(x.shape)}")
     if branch.dtype != x.dtype:
         raise ValueError(f"branch: got {branch.dtype}, x is {x.dtype}")
-    if noise is not None and noise.dtype != torch.uint8:
-        raise ValueError(f"noise: got {noise.dtype}, needs uint8")
+    if key is not None and (key.dtype != torch.int64 or tuple(key.shape) != (2,)):
+        raise ValueError(f"key: got {key.dtype} of shape {tuple(key.shape)}, needs int64 of shape (2,)")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, needs {tuple(x.shape[-1:])}")
     if not 0 <= threshold < 256:
         raise ValueError(f"threshold: got {threshold}, needs 0 to 255")
     if x.is_cuda and is_fused("cuda"):
-        return _ops.add_norm(x.contiguous(), branch.contiguous(), noise, weight, threshold, eps)
-    return reference.add_norm(x, branch, noise, weight, threshold, eps)
+        return _ops.add_norm(x.contiguous(), branch.contiguous(), key, weight, threshold, eps)
+    return reference.add_norm(x, branch, key, weight, threshold, eps)
 
 
 def norm_rotary(
@@ -139,9 +138,9 @@ def _check_dtype(name: str, x: Tensor) -> None:
 # What the ops return, without computing it.
 
 
-def _fake_add_norm_backward(dnew_x, dh, new_x, noise, weight, threshold, eps):
+def _fake_add_norm_backward(dnew_x, dh, new_x, key, weight, threshold, eps):
     dw = new_x.new_empty((_programs("ADD_NORM_BACKWARD"), new_x.shape[-1]), dtype=torch.float32)
-    return torch.empty_like(new_x), torch.empty_like(new_x) if noise is not None else new_x.new_empty(0), dw
+    return torch.empty_like(new_x), torch.empty_like(new_x) if key is not None else new_x.new_empty(0), dw
 
 
 def _fake_norm_rotary(qkv, q_norm, k_norm, cos, sin, num_heads, num_kv_heads, eps):
@@ -186,15 +185,15 @@ for _name, _fake in (
 
 
 def _keep_add_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, _, noise, weight, ctx.threshold, ctx.eps = inputs
-    ctx.save_for_backward(output[0], noise, weight)
+    _, _, key, weight, ctx.threshold, ctx.eps = inputs
+    ctx.save_for_backward(output[0], key, weight)
 
 
 def _add_norm_backward(ctx: Any, dnew_x: Tensor, dh: Tensor) -> tuple:
-    new_x, noise, weight = ctx.saved_tensors
+    new_x, key, weight = ctx.saved_tensors
     gradients = (dnew_x.contiguous(), dh.contiguous())
-    dx, dbranch, dw = _ops.add_norm_backward(*gradients, new_x, noise, weight, ctx.threshold, ctx.eps)
-    return dx, dx if noise is None else dbranch, None, dw.sum(0).to(weight.dtype), None, None
+    dx, dbranch, dw = _ops.add_norm_backward(*gradients, new_x, key, weight, ctx.threshold, ctx.eps)
+    return dx, dx if key is None else dbranch, None, dw.sum(0).to(weight.dtype), None, None
 
 
 def _keep_norm_rotary(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -1,17 +1,35 @@
 """What a layer computes between its matrix products, in plain torch: differentiable, and right at a glance."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def add_norm(
-    x: Tensor, branch: Tensor, noise: Tensor | None, weight: Tensor, threshold: int, eps: float
+    x: Tensor, branch: Tensor, key: Tensor | None, weight: Tensor, threshold: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    if noise is not None:
-        branch = branch * (noise >= threshold) * (256 / (256 - threshold))
+    if key is not None:
+        branch = branch * kept(key, x.shape, threshold) * (256 / (256 - threshold))
     x = x + branch
     return x, _norm(x, weight, eps)
+
+
+def kept(key: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
+    """Which entries dropout leaves: four neighbours get a byte each of a hash of their place and the key."""
+
+    def mix(x: Tensor) -> Tensor:
+        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+        x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+        return x ^ x >> 16
+
+    first, second = key & 0xFFFFFFFF
+    row, word, byte = (torch.arange(n, device=key.device) for n in (math.prod(shape[:-1]), -(-shape[-1] // 4), 4))
+    row = mix(mix(row ^ first) + second & 0xFFFFFFFF)
+    words = mix(row[:, None] + word * 0x9E3779B1 & 0xFFFFFFFF)
+    return (words[:, :, None] >> 8 * byte & 255 >= threshold).flatten(1)[:, : shape[-1]].view(shape)
 
 
 def norm_rotary(

@@ -1,6 +1,6 @@
 """What a layer computes between its matrix products, each as one Triton kernel forward and one backward.
 
-    x' = x + keep branch            keep = (noise >= threshold) 256 / (256 - threshold), or 1
+    x' = x + keep branch            keep = (a random byte >= threshold) 256 / (256 - threshold), or 1
     h  = x' r w                     r = 1 / sqrt(mean(x'^2) + eps)
     g  = dx' + r (dh w - x' r^2 mean(dh w x'))      dx = g      dbranch = keep g      dw = sum of dh x' r
 
@@ -30,7 +30,7 @@ from kernels.launch import launched
 # 64: add_norm 15 forward, whatever the tile; 25 backward where a warp has a row to itself (of up to 512), 35 with 4
 # rows for 4 warps; norm_rotary 21 and 29, swiglu of 16384 x 1024 25 and 41, at 3.6 to 4.1 TB/s.
 ADD_NORM = {"ROWS": 4, "num_warps": 4}
-ADD_NORM_BACKWARD = {"ROWS": 1, "num_warps": 1, "programs": 2640}
+ADD_NORM_BACKWARD = {"PART": 256, "ROWS": 4, "num_warps": 4, "programs": 660}
 NORM_ROTARY = {"ROWS": 64, "num_warps": 4}
 NORM_ROTARY_BACKWARD = {"ROWS": 32, "num_warps": 4, "programs": 528}
 SWIGLU = {"BLOCK": 2048, "num_warps": 8}
@@ -38,21 +38,31 @@ CROSS_ENTROPY = {"SIZE": 4096, "num_warps": 4}  # elements of a tile: rows of a 
 
 
 @triton.jit
-def _tile(first, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Offsets [ROWS, BLOCK] of a tile of whole rows, and which of them exist."""
-    offs_r, offs_d = first * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    mask = (offs_r < rows)[:, None] & (offs_d < WIDTH)[None, :]
-    return offs_r.to(tl.int64)[:, None] * WIDTH + offs_d[None, :], mask
+def _mix(x):
+    """A hash of 32 bits: each bit of x decides about half of its bits. (Wellons, "lowbias32", 2018)"""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
 
 
 @triton.jit
-def add_norm_forward_kernel(x, branch, noise, weight, new_x, h, rows, threshold, scale, eps, DROP: tl.constexpr,
+def _kept(key, row, column, threshold):
+    """Which entries dropout leaves: four neighbours get a byte each of a hash of their place and the key."""
+    first, second = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
+    row = _mix(_mix(row.to(tl.uint32) ^ first) + second)
+    word = _mix(row + (column >> 2).to(tl.uint32) * 0x9E3779B1)
+    return ((word >> ((column & 3) * 8).to(tl.uint32)) & 255) >= threshold
+
+
+@triton.jit
+def add_norm_forward_kernel(x, branch, key, weight, new_x, h, rows, threshold, scale, eps, DROP: tl.constexpr,
                             WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    at, mask = _tile(tl.program_id(0), rows, WIDTH, ROWS, BLOCK)
-    offs_d = tl.arange(0, BLOCK)
+    offs_r, offs_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    at = offs_r.to(tl.int64)[:, None] * WIDTH + offs_d[None, :]
+    mask = (offs_r < rows)[:, None] & (offs_d < WIDTH)[None, :]
     add = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
     if DROP:
-        add = tl.where(tl.load(noise + at, mask=mask, other=0) >= threshold, add * scale, 0.0)
+        add = tl.where(_kept(key, offs_r[:, None], offs_d[None, :], threshold), add * scale, 0.0)
     new = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + add).to(new_x.dtype.element_ty)
     tl.store(new_x + at, new, mask=mask)
     new = new.to(tl.float32)
@@ -62,27 +72,35 @@ def add_norm_forward_kernel(x, branch, noise, weight, new_x, h, rows, threshold,
 
 
 @triton.jit
-def add_norm_backward_kernel(dnew_x, dh, new_x, noise, weight, dx, dbranch, dw, rows, threshold, scale, eps,
-                             DROP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+def add_norm_backward_kernel(dnew_x, dh, new_x, key, weight, dx, dbranch, dw, rows, threshold, scale, eps,
+                             DROP: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
                              ROWS: tl.constexpr):  # fmt: skip
-    """dw (programs, WIDTH) fp32."""
-    offs_d = tl.arange(0, BLOCK)
-    w = tl.load(weight + offs_d, mask=offs_d < WIDTH, other=0.0).to(tl.float32)[None, :]
-    dw_rows = tl.zeros([ROWS, BLOCK], tl.float32)
+    """dw (programs, WIDTH) fp32. Tiles are [PARTS, ROWS, PART]: a warp has a row, which it adds up by itself."""
+    offs_d = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+    w = tl.load(weight + offs_d, mask=offs_d < WIDTH, other=0.0).to(tl.float32)
+    dw_rows = tl.zeros([PARTS, ROWS, PART], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        at, mask = _tile(tile, rows, WIDTH, ROWS, BLOCK)
+        offs_r = tile * ROWS + tl.arange(0, ROWS)[None, :, None]
+        at = offs_r.to(tl.int64) * WIDTH + offs_d
+        mask = (offs_r < rows) & (offs_d < WIDTH)
         x = tl.load(new_x + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(dh + at, mask=mask, other=0.0).to(tl.float32)
         above = tl.load(dnew_x + at, mask=mask, other=0.0).to(tl.float32)
-        r = tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + eps)[:, None]
+        r = tl.rsqrt(_row_sum(x * x) / WIDTH + eps)
         dw_rows += g * x * r
         g = g * w
-        g = r * (g - x * (tl.sum(g * x, axis=1) / WIDTH)[:, None] * r * r) + above
+        g = r * (g - x * (_row_sum(g * x) / WIDTH) * r * r) + above
         tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
         if DROP:
-            g = tl.where(tl.load(noise + at, mask=mask, other=0) >= threshold, g * scale, 0.0)
+            g = tl.where(_kept(key, offs_r, offs_d, threshold), g * scale, 0.0)
             tl.store(dbranch + at, g.to(dx.dtype.element_ty), mask=mask)
-    tl.store(dw + tl.program_id(0) * WIDTH + offs_d, tl.sum(dw_rows, axis=0), mask=offs_d < WIDTH)
+    to = dw + tl.program_id(0) * WIDTH + offs_d
+    tl.store(to, tl.sum(dw_rows, axis=1, keep_dims=True), mask=offs_d < WIDTH)
+
+
+@triton.jit
+def _row_sum(x):
+    return tl.sum(tl.sum(x, axis=2, keep_dims=True), axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -247,32 +265,30 @@ def _power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _add_norm_arguments(x: Tensor, noise: Tensor | None, threshold: int) -> tuple[int, dict[str, int], float]:
-    width = x.shape[-1]
-    constants = {"DROP": noise is not None, "WIDTH": width, "BLOCK": _power_of_2(width)}
-    return x.numel() // width, constants, 256 / (256 - threshold)
-
-
 def add_norm_forward(
-    x: Tensor, branch: Tensor, noise: Tensor | None, weight: Tensor, threshold: int, eps: float
+    x: Tensor, branch: Tensor, key: Tensor | None, weight: Tensor, threshold: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     new_x, h = torch.empty_like(x), torch.empty_like(x)
-    rows, constants, scale = _add_norm_arguments(x, noise, threshold)
-    arguments = (x, branch, noise, weight, new_x, h, rows, threshold, scale, eps)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    arguments = (x, branch, key, weight, new_x, h, rows, threshold, 256 / (256 - threshold), eps)
+    constants = {"DROP": key is not None, "WIDTH": width, "BLOCK": _power_of_2(width)}
     _launch(add_norm_forward_kernel, (-(-rows // ADD_NORM["ROWS"]),), arguments, ADD_NORM, **constants)
     return new_x, h
 
 
 def add_norm_backward(
-    dnew_x: Tensor, dh: Tensor, new_x: Tensor, noise: Tensor | None, weight: Tensor, threshold: int, eps: float
+    dnew_x: Tensor, dh: Tensor, new_x: Tensor, key: Tensor | None, weight: Tensor, threshold: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dbranch (nothing where nothing is dropped: it is dx), and the programs' parts of dw (programs, width)."""
-    dx, dbranch = torch.empty_like(new_x), torch.empty_like(new_x) if noise is not None else new_x.new_empty(0)
-    rows, constants, scale = _add_norm_arguments(new_x, noise, threshold)
-    tile = {**ADD_NORM_BACKWARD, "num_warps": max(1, constants["BLOCK"] // 512)}
-    dw = new_x.new_empty((tile["programs"], new_x.shape[-1]), dtype=torch.float32)
-    arguments = (dnew_x, dh, new_x, noise, weight, dx, dbranch, dw, rows, threshold, scale, eps)
-    _launch(add_norm_backward_kernel, (tile["programs"],), arguments, tile, **constants)
+    dx, dbranch = torch.empty_like(new_x), torch.empty_like(new_x) if key is not None else new_x.new_empty(0)
+    width, programs = new_x.shape[-1], ADD_NORM_BACKWARD["programs"]
+    dw = new_x.new_empty((programs, width), dtype=torch.float32)
+    arguments: tuple = (dnew_x, dh, new_x, key, weight, dx, dbranch, dw)
+    arguments += (new_x.numel() // width, threshold, 256 / (256 - threshold), eps)
+    parts = _power_of_2(-(-width // ADD_NORM_BACKWARD["PART"]))
+    constants = {"DROP": key is not None, "WIDTH": width, "PARTS": parts}
+    _launch(add_norm_backward_kernel, (programs,), arguments, ADD_NORM_BACKWARD, **constants)
     return dx, dbranch, dw
 
 

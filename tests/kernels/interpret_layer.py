@@ -9,12 +9,12 @@ from kernels.layer import triton_layer
 from tests.kernels.test_layer import CASES, EPS, differentiate, within
 
 
-def add_norm(x, branch, noise, weight, threshold):
-    new_x, h = triton_layer.add_norm_forward(x, branch, noise, weight, threshold, EPS)
+def add_norm(x, branch, key, weight, threshold):
+    new_x, h = triton_layer.add_norm_forward(x, branch, key, weight, threshold, EPS)
 
     def backward(dnew_x, dh):
-        dx, dbranch, dw = triton_layer.add_norm_backward(dnew_x, dh, new_x, noise, weight, threshold, EPS)
-        return dx, dx if noise is None else dbranch, dw.sum(0)
+        dx, dbranch, dw = triton_layer.add_norm_backward(dnew_x, dh, new_x, key, weight, threshold, EPS)
+        return dx, dx if key is None else dbranch, dw.sum(0)
 
     return (new_x, h), backward
 

@@ -17,8 +17,8 @@ EPS = 1e-6
 
 
 def add_norm_inputs(shape, threshold):
-    noise = torch.randint(256, shape, dtype=torch.uint8) if threshold else None
-    return [torch.randn(shape), torch.randn(shape), noise, torch.rand(shape[-1]) + 0.5, threshold]
+    key = torch.randint(1 << 62, (2,)) if threshold else None
+    return [torch.randn(shape), torch.randn(shape), key, torch.rand(shape[-1]) + 0.5, threshold]
 
 
 def norm_rotary_inputs(batch, seqlen, num_heads, num_kv_heads, head_dim, batch_of_angles=1):
@@ -160,7 +160,7 @@ def test_compiled_ahead_nothing_spills(capability):
     from kernels.layer import triton_layer as layer
 
     types = dict.fromkeys(("weight", "dw", "q_norm", "k_norm", "cos", "sin", "nats", "dnats", "lse"), "*fp32")
-    types |= {"noise": "*u8", "targets": "*i64", "scale": "fp32", "eps": "fp32"}
+    types |= {"key": "*i64", "targets": "*i64", "scale": "fp32", "eps": "fp32"}
     types |= dict.fromkeys(("rows", "threshold", "tokens", "seqlen", "num_angles"), "i32")
     types |= {f"{x}_{stride}": "i32" for x in "qkv" for stride in ("batch", "token", "head")}
     add_norm = {"DROP": True, "WIDTH": 384, "BLOCK": 512}
@@ -168,7 +168,7 @@ def test_compiled_ahead_nothing_spills(capability):
     vocabulary = {"WIDTH": 256, "BLOCK": 256, "ROWS": 16}
     for kernel, constants, tile in (
         (layer.add_norm_forward_kernel, add_norm, layer.ADD_NORM),
-        (layer.add_norm_backward_kernel, add_norm, layer.ADD_NORM_BACKWARD),
+        (layer.add_norm_backward_kernel, {"DROP": True, "WIDTH": 384, "PARTS": 2}, layer.ADD_NORM_BACKWARD),
         (layer.norm_rotary_forward_kernel, norm_rotary, layer.NORM_ROTARY),
         (layer.norm_rotary_backward_kernel, norm_rotary, layer.NORM_ROTARY_BACKWARD),
         (layer.swiglu_forward_kernel, {"WIDTH": 1024}, layer.SWIGLU),
@@ -176,7 +176,7 @@ def test_compiled_ahead_nothing_spills(capability):
         (layer.cross_entropy_forward_kernel, vocabulary, layer.CROSS_ENTROPY),
         (layer.cross_entropy_backward_kernel, vocabulary, layer.CROSS_ENTROPY),
     ):
-        given = constants | {name: tile[name] for name in ("ROWS", "BLOCK") if name in tile}
+        given = constants | {name: tile[name] for name in ("ROWS", "BLOCK", "PART") if name in tile}
         signature = {name: types.get(name, "*bf16") for name in kernel.arg_names if name not in given}
         aligned = [i for i, name in enumerate(kernel.arg_names) if signature.get(name, "fp32") != "fp32"]
         compiled = compile_kernel(
@@ -195,7 +195,7 @@ def test_compiled_ahead_nothing_spills(capability):
         (lambda x: kernels.cross_entropy(x, x[0].long()), r"targets: .* of shape \(3, 4\), needs .* shape \(2, 3"),
         (lambda x: kernels.add_norm(x, x[0], None, x[0, 0], eps=EPS), r"branch: got shape \(3, 4\), x has \(2, 3, 4\)"),
         (lambda x: kernels.add_norm(x, x.half(), None, x[0, 0], eps=EPS), "branch: got torch.float16, x is"),
-        (lambda x: kernels.add_norm(x, x, x, x[0, 0], eps=EPS), "noise: got torch.float32, needs uint8"),
+        (lambda x: kernels.add_norm(x, x, x, x[0, 0], eps=EPS), "key: got torch.float32 of shape .*, needs int64"),
         (lambda x: kernels.add_norm(x, x, None, x[0, 0, :3], eps=EPS), r"weight: got shape \(3,\), needs \(4,\)"),
         (lambda x: kernels.add_norm(x, x, None, x[0, 0], threshold=256, eps=EPS), "threshold: got 256, needs 0 to 255"),
         (lambda x: rotary(x, x[0, 0], x[0]), r"qkv: got shape \(2, 3, 4\), needs \(batch, seqlen, \(1 \+ 2 "),

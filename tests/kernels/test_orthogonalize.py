@@ -91,8 +91,16 @@ def test_compiled_ahead_nothing_spills(symmetric):
     ("x", "scale", "message"),
     [
         (torch.zeros(2, 3, 4), torch.tensor(1.0), r"x: got torch.float32 of shape \(2, 3, 4\), needs bfloat16"),
-        (torch.zeros(3, 4).bfloat16(), torch.tensor(1.0), r"x: got torch.bfloat16 of shape \(3, 4\), needs bfloat16 \("),
-        (torch.zeros(2, 3, 4).bfloat16(), torch.ones(2), r"scale: got torch.float32 of shape \(2,\), needs one float32"),
+        (
+            torch.zeros(3, 4).bfloat16(),
+            torch.tensor(1.0),
+            r"x: got torch.bfloat16 of shape \(3, 4\), needs bfloat16 \(",
+        ),
+        (
+            torch.zeros(2, 3, 4).bfloat16(),
+            torch.ones(2),
+            r"scale: got torch.float32 of shape \(2,\), needs one float32",
+        ),
     ],
 )
 def test_refused_in_one_line(x, scale, message):

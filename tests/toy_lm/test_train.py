@@ -496,19 +496,25 @@ def test_without_matplotlib_one_line_says_so(monkeypatch):
 
 def test_dropout_leaves_out_its_share_and_keeps_the_mean(device):
     dropout = Dropout(0.2).train()
-    noise = dropout(64, 1025, 3, device=torch.device(device))
-    x = torch.full(noise.shape, 3.0, device=device, requires_grad=True)
-    add_norm = AddNorm(dataclasses.replace(TINY.model, model_dim=3), dropout).to(device)
-    out, _ = add_norm(torch.zeros_like(x), x, noise)
+    keys = dropout(3, torch.device(device))
+    x = torch.full((16, 128, 99), 3.0, device=device, requires_grad=True)
+    add_norm = AddNorm(dataclasses.replace(TINY.model, model_dim=99), dropout).to(device)
+    out, _ = add_norm(torch.zeros_like(x), x, keys[0])
     out.sum().backward()
     kept = out != 0
-    share, num_entries = 51 / 256, noise.numel()
-    assert abs((~kept).sum().item() - share * num_entries) < 4 * (share * (1 - share) * num_entries) ** 0.5
+    share, num_entries = 51 / 256, x.numel()
+    deviation = (share * (1 - share) / num_entries) ** 0.5
+    assert abs((~kept).double().mean().item() - share) < 4 * deviation
     torch.testing.assert_close(out[kept], torch.full_like(out[kept], 3 / (1 - share)))
     assert torch.equal(x.grad, out.detach() / 3)
     assert torch.equal(add_norm(torch.zeros_like(x), x, None)[0], x)
-    assert dropout.eval()(8, device=torch.device(device)) is None
-    assert Dropout(0.0).train()(8, device=torch.device(device)) is None
+    assert dropout.eval()(8, torch.device(device)) is None
+    assert Dropout(0.0).train()(8, torch.device(device)) is None
+    # Neighbours in a row, in a column, and of another key are left out independently of each other.
+    other = add_norm(torch.zeros_like(x), x, keys[1])[0] != 0
+    near = [kept.roll((i, j), (1, 2)) for i in range(3) for j in range(6) if i or j]
+    for second in (other, *near):
+        assert abs((~kept & ~second).double().mean().item() - share**2) < 5 * deviation
 
 
 @pytest.mark.gpu
