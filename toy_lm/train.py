@@ -284,7 +284,7 @@ class Trainer:
             shown = begin = clock = time.perf_counter()
             announced = self.device.type == "cuda"
             if announced:
-                log("the first step waits until its kernels are compiled: seconds from a cache, else up to a minute")
+                log("the first step waits until its kernels are compiled: a second from a cache, else some ten")
             while self.step < last_step and not self._must_stop(interrupted):
                 self.train_step(self.step)
                 if announced:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import resource
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -41,6 +42,7 @@ TINY = Preset(
         checkpoint_every=10,
     ),
 )
+ROOT = pathlib.Path(__file__).parents[2]
 CORPUS = "grammar:20000"
 # How far losses part that differ in the order of sums alone: AdamW's first steps are lr * sign(gradient), so that the
 # rounding of a gradient near 0 moves its weight by the whole step, the other way.
@@ -335,6 +337,14 @@ def test_a_profile_is_a_trace_of_some_steps(tmp_path):
     events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     updates = sum(event.get("name") == "aten::_fused_adamw_" for event in events)
     assert updates == 5 * 2  # of what decays and of what does not
+
+
+def test_nothing_of_torch_compile_is_imported(tmp_path, device):
+    """It takes seconds, and has nothing to do here."""
+    arguments = ["train", "--corpus", CORPUS, "--steps", "6", "--device", device, "--out", str(tmp_path / "run")]
+    code = f"import sys; from toy_lm import cli; cli.main({arguments}); sys.exit('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_run_with_dropout_resumes_to_the_bit(whole, tmp_path):
