@@ -139,7 +139,7 @@ def _check_dtype(name: str, x: Tensor) -> None:
 
 
 def _fake_add_norm_backward(dnew_x, dh, new_x, key, weight, threshold, eps):
-    dw = new_x.new_empty((_programs("ADD_NORM_BACKWARD"), new_x.shape[-1]), dtype=torch.float32)
+    dw = new_x.new_empty(new_x.shape[-1], dtype=torch.float32)
     return torch.empty_like(new_x), torch.empty_like(new_x) if key is not None else new_x.new_empty(0), dw
 
 
@@ -149,14 +149,7 @@ def _fake_norm_rotary(qkv, q_norm, k_norm, cos, sin, num_heads, num_kv_heads, ep
 
 
 def _fake_norm_rotary_backward(dq, dk, dv, qkv, q_norm, *rest):
-    shape = (2, _programs("NORM_ROTARY_BACKWARD"), q_norm.shape[0])
-    return torch.empty_like(qkv), qkv.new_empty(shape, dtype=torch.float32)
-
-
-def _programs(table: str) -> int:
-    from kernels.layer import triton_layer
-
-    return getattr(triton_layer, table)["programs"]
+    return torch.empty_like(qkv), qkv.new_empty((2, q_norm.shape[0]), dtype=torch.float32)
 
 
 def _fake_swiglu(gate_up):
@@ -181,7 +174,7 @@ for _name, _fake in (
     torch.library.register_fake(f"kernels::{_name}", _fake, lib=_library)
 
 
-# Derivatives. What the programs of a backward kernel sum up is added here, where torch.compile sees it.
+# Derivatives.
 
 
 def _keep_add_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -193,7 +186,7 @@ def _add_norm_backward(ctx: Any, dnew_x: Tensor, dh: Tensor) -> tuple:
     new_x, key, weight = ctx.saved_tensors
     gradients = (dnew_x.contiguous(), dh.contiguous())
     dx, dbranch, dw = _ops.add_norm_backward(*gradients, new_x, key, weight, ctx.threshold, ctx.eps)
-    return dx, dx if key is None else dbranch, None, dw.sum(0).to(weight.dtype), None, None
+    return dx, dx if key is None else dbranch, None, dw.to(weight.dtype), None, None
 
 
 def _keep_norm_rotary(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -205,7 +198,6 @@ def _norm_rotary_backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple
     qkv, q_norm, k_norm, cos, sin = ctx.saved_tensors
     gradients = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
     dqkv, dw = _ops.norm_rotary_backward(*gradients, qkv, q_norm, k_norm, cos, sin, ctx.eps)
-    dw = dw.sum(1)
     return dqkv, dw[0].to(q_norm.dtype), dw[1].to(k_norm.dtype), None, None, None, None, None
 
 

@@ -14,7 +14,8 @@
 All of it is bound by memory: each kernel reads and writes every value once. A program owns ROWS rows (of the residual
 stream, or of one head of one token) at a time. Backward it goes on to the rows `programs` tiles further and adds up dw
 for each row of the tile: added up over the rows at every tile, through shared memory, the kernel takes six times as
-long. What the programs end with is added up by torch, in a fixed order: twice the same input, twice the same bits.
+long. A kernel of its own adds up what the programs end with, in a fixed order: twice the same input, twice the same
+bits.
 """
 
 from typing import Any
@@ -27,13 +28,14 @@ from torch import Tensor
 from kernels.launch import launched
 
 # Rows of a tile, warps and, backward, programs. In microseconds on an H200, of 16384 x 384 in bf16, or as many heads of
-# 64: add_norm 15 forward, whatever the tile; 25 backward where a warp has a row to itself (of up to 512), 35 with 4
-# rows for 4 warps; norm_rotary 21 and 29, swiglu of 16384 x 1024 25 and 41, at 3.6 to 4.1 TB/s.
+# 64: add_norm 13 forward and 22 backward, whatever the tile; norm_rotary 20 and 28, swiglu of 16384 x 1024 27 and 42, at
+# 3 to 4.1 TB/s.
 ADD_NORM = {"ROWS": 4, "num_warps": 4}
 ADD_NORM_BACKWARD = {"PART": 256, "ROWS": 4, "num_warps": 4, "programs": 660}
 NORM_ROTARY = {"ROWS": 64, "num_warps": 4}
 NORM_ROTARY_BACKWARD = {"ROWS": 32, "num_warps": 4, "programs": 528}
 SWIGLU = {"BLOCK": 2048, "num_warps": 8}
+COLUMN_SUMS = {"BLOCK": 16, "ROWS": 256, "num_warps": 8}
 CROSS_ENTROPY = {"SIZE": 4096, "num_warps": 4}  # elements of a tile: rows of a small vocabulary, or a part of one row
 
 
@@ -87,15 +89,26 @@ def add_norm_backward_kernel(dnew_x, dh, new_x, key, weight, dx, dbranch, dw, ro
         g = tl.load(dh + at, mask=mask, other=0.0).to(tl.float32)
         above = tl.load(dnew_x + at, mask=mask, other=0.0).to(tl.float32)
         r = tl.rsqrt(_row_sum(x * x) / WIDTH + eps)
-        dw_rows += g * x * r
-        g = g * w
-        g = r * (g - x * (_row_sum(g * x) / WIDTH) * r * r) + above
+        x *= r
+        dw_rows += g * x
+        g *= w
+        g = r * (g - x * (_row_sum(g * x) / WIDTH)) + above
         tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
         if DROP:
             g = tl.where(_kept(key, offs_r, offs_d, threshold), g * scale, 0.0)
             tl.store(dbranch + at, g.to(dx.dtype.element_ty), mask=mask)
     to = dw + tl.program_id(0) * WIDTH + offs_d
     tl.store(to, tl.sum(dw_rows, axis=1, keep_dims=True), mask=offs_d < WIDTH)
+
+
+@triton.jit
+def column_sums_kernel(parts, sums, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    offs_r, offs_d = tl.arange(0, ROWS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, rows, ROWS):
+        mask = (start + offs_r < rows)[:, None] & (offs_d < WIDTH)[None, :]
+        total += tl.load(parts + (start + offs_r)[:, None] * WIDTH + offs_d[None, :], mask=mask, other=0.0)
+    tl.store(sums + offs_d, tl.sum(total, axis=0), mask=offs_d < WIDTH)
 
 
 @triton.jit
@@ -164,7 +177,7 @@ def norm_rotary_backward_kernel(dq, dk, dv, qkv, q_norm, k_norm, cos, sin, dqkv,
                                 q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
                                 HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
                                 ROWS: tl.constexpr):  # fmt: skip
-    """dw (2, programs, 2 HALF) fp32, of the scales of queries and keys; strides in elements."""
+    """dw (programs, 2, 2 HALF) fp32, of the scales of queries and keys; strides in elements."""
     part = tl.program_id(1)
     heads = HQ if part == 0 else HK
     first = 0 if part == 0 else HQ + (part - 1) * HK
@@ -193,7 +206,7 @@ def norm_rotary_backward_kernel(dq, dk, dv, qkv, q_norm, k_norm, cos, sin, dqkv,
             _store_halves(dqkv, at, r * (y1 - x1 * mean), r * (y2 - x2 * mean), mask, HALF)
     if part < 2:
         offs_d = tl.arange(0, BLOCK)
-        to = dw + (part * tl.num_programs(0) + tl.program_id(0)) * (2 * HALF) + offs_d
+        to = dw + (tl.program_id(0) * 2 + part) * (2 * HALF) + offs_d
         _store_halves(to, 0, tl.sum(dw1, axis=0), tl.sum(dw2, axis=0), offs_d < HALF, HALF)
 
 
@@ -280,16 +293,23 @@ def add_norm_forward(
 def add_norm_backward(
     dnew_x: Tensor, dh: Tensor, new_x: Tensor, key: Tensor | None, weight: Tensor, threshold: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dbranch (nothing where nothing is dropped: it is dx), and the programs' parts of dw (programs, width)."""
+    """dx, dbranch (nothing where nothing is dropped: it is dx) and dw (width,) fp32."""
     dx, dbranch = torch.empty_like(new_x), torch.empty_like(new_x) if key is not None else new_x.new_empty(0)
     width, programs = new_x.shape[-1], ADD_NORM_BACKWARD["programs"]
-    dw = new_x.new_empty((programs, width), dtype=torch.float32)
-    arguments: tuple = (dnew_x, dh, new_x, key, weight, dx, dbranch, dw)
+    parts = new_x.new_empty((programs, width), dtype=torch.float32)
+    arguments: tuple = (dnew_x, dh, new_x, key, weight, dx, dbranch, parts)
     arguments += (new_x.numel() // width, threshold, 256 / (256 - threshold), eps)
-    parts = _power_of_2(-(-width // ADD_NORM_BACKWARD["PART"]))
-    constants = {"DROP": key is not None, "WIDTH": width, "PARTS": parts}
+    constants = {"DROP": key is not None, "WIDTH": width}
+    constants["PARTS"] = _power_of_2(-(-width // ADD_NORM_BACKWARD["PART"]))
     _launch(add_norm_backward_kernel, (programs,), arguments, ADD_NORM_BACKWARD, **constants)
-    return dx, dbranch, dw
+    return dx, dbranch, _column_sums(parts, torch.empty_like(weight, dtype=torch.float32))
+
+
+def _column_sums(parts: Tensor, sums: Tensor) -> Tensor:
+    """sums, filled, of what the programs of a kernel have added up (programs, width); torch's take 12 us on an H200."""
+    rows, width = parts.shape
+    _launch(column_sums_kernel, (-(-width // COLUMN_SUMS["BLOCK"]),), (parts, sums, rows), COLUMN_SUMS, WIDTH=width)
+    return sums
 
 
 def norm_rotary_forward(
@@ -319,17 +339,17 @@ def norm_rotary_backward(
     sin: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """dqkv, and the programs' parts of both scales' gradients (2, programs, head_dim)."""
+    """dqkv, and both scales' gradients (2, head_dim) fp32."""
     batch_size, seqlen, num_heads, head_dim = dq.shape
     half, tile = head_dim // 2, NORM_ROTARY_BACKWARD
     dqkv = torch.empty_like(qkv)
-    dw = qkv.new_empty((2, tile["programs"], head_dim), dtype=torch.float32)
-    arguments: tuple = (dq, dk, dv, qkv, q_norm, k_norm, cos, sin, dqkv, dw)
+    parts = qkv.new_empty((tile["programs"], 2 * head_dim), dtype=torch.float32)
+    arguments: tuple = (dq, dk, dv, qkv, q_norm, k_norm, cos, sin, dqkv, parts)
     arguments += (batch_size * seqlen, seqlen, cos.numel() // half, eps)
     arguments += (*dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3])
     constants = {"HQ": num_heads, "HK": dk.shape[2], "HALF": half, "BLOCK": _power_of_2(half)}
     _launch(norm_rotary_backward_kernel, (tile["programs"], 3), arguments, tile, **constants)
-    return dqkv, dw
+    return dqkv, _column_sums(parts, parts.new_empty((2, head_dim)))
 
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:

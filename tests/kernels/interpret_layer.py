@@ -14,7 +14,7 @@ def add_norm(x, branch, key, weight, threshold):
 
     def backward(dnew_x, dh):
         dx, dbranch, dw = triton_layer.add_norm_backward(dnew_x, dh, new_x, key, weight, threshold, EPS)
-        return dx, dx if key is None else dbranch, dw.sum(0)
+        return dx, dx if key is None else dbranch, dw
 
     return (new_x, h), backward
 
@@ -24,7 +24,7 @@ def norm_rotary(qkv, q_norm, k_norm, cos, sin, num_heads, num_kv_heads):
 
     def backward(dq, dk, dv):
         dqkv, dw = triton_layer.norm_rotary_backward(dq, dk, dv, qkv, q_norm, k_norm, cos, sin, EPS)
-        return dqkv, *dw.sum(1)
+        return dqkv, *dw
 
     return outs, backward
 

@@ -160,6 +160,7 @@ def test_compiled_ahead_nothing_spills(capability):
     from kernels.layer import triton_layer as layer
 
     types = dict.fromkeys(("weight", "dw", "q_norm", "k_norm", "cos", "sin", "nats", "dnats", "lse"), "*fp32")
+    types |= dict.fromkeys(("parts", "sums"), "*fp32")
     types |= {"key": "*i64", "targets": "*i64", "scale": "fp32", "eps": "fp32"}
     types |= dict.fromkeys(("rows", "threshold", "tokens", "seqlen", "num_angles"), "i32")
     types |= {f"{x}_{stride}": "i32" for x in "qkv" for stride in ("batch", "token", "head")}
@@ -169,6 +170,7 @@ def test_compiled_ahead_nothing_spills(capability):
     for kernel, constants, tile in (
         (layer.add_norm_forward_kernel, add_norm, layer.ADD_NORM),
         (layer.add_norm_backward_kernel, {"DROP": True, "WIDTH": 384, "PARTS": 2}, layer.ADD_NORM_BACKWARD),
+        (layer.column_sums_kernel, {"WIDTH": 384}, layer.COLUMN_SUMS),
         (layer.norm_rotary_forward_kernel, norm_rotary, layer.NORM_ROTARY),
         (layer.norm_rotary_backward_kernel, norm_rotary, layer.NORM_ROTARY_BACKWARD),
         (layer.swiglu_forward_kernel, {"WIDTH": 1024}, layer.SWIGLU),
