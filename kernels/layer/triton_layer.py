@@ -28,8 +28,8 @@ from torch import Tensor
 from kernels.launch import launched
 
 # Rows of a tile, warps and, backward, programs. In microseconds on an H200, of 16384 x 384 in bf16, or as many heads of
-# 64: add_norm 13 forward and 22 backward, whatever the tile; norm_rotary 20 and 28, swiglu of 16384 x 1024 27 and 42, at
-# 3 to 4.1 TB/s.
+# 64: add_norm 13 forward and 22 backward, whatever the tile; norm_rotary 20 and 28, swiglu of 16384 x 1024 27 and 42,
+# at 3 to 4.1 TB/s.
 ADD_NORM = {"ROWS": 4, "num_warps": 4}
 ADD_NORM_BACKWARD = {"PART": 256, "ROWS": 4, "num_warps": 4, "programs": 660}
 NORM_ROTARY = {"ROWS": 64, "num_warps": 4}
