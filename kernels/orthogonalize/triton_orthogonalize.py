@@ -16,8 +16,8 @@ from torch import Tensor
 from kernels.launch import launched
 from kernels.orthogonalize.reference import COEFFICIENTS, ROUNDS, SMALLEST_NORM
 
-# Six layers of width 384 (24 matrices of 384 x 384, 12 of 1024 x 384, 6 of 384 x 1024) take 300 us on an H200, each shape
-# on a stream of its own, and 518 in torch; one shape after the other 540, and 646 in torch.
+# Six layers of width 384 (24 matrices of 384 x 384, 12 of 1024 x 384, 6 of 384 x 1024) take 300 us on an H200, a shape
+# a stream, and 518 in torch; one shape after the other 540, and 646 in torch.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
