@@ -339,11 +339,12 @@ class Transformer(nn.Module):
     def _copies(self, kind: str) -> tuple[Tensor | None, ...]:
         """In autocast's dtype, for training: of the weights of each layer's four `_products`.
 
-        None for each where they are not rounded, or are slices that each layer gathers by itself (FSDP2).
+        None for each on the CPU, where nothing is gained, where nothing is rounded, and for slices, which each layer
+        gathers by itself (FSDP2).
         """
         products = [linears for layer in self.model.layers for linears in _products(layer)]
         weights = [linear.weight for linears in products for linear in linears]
-        rounded = torch.is_grad_enabled() and torch.is_autocast_enabled(kind)
+        rounded = kind == "cuda" and torch.is_grad_enabled() and torch.is_autocast_enabled(kind)
         if not rounded or hasattr(weights[0], "full_tensor"):
             return (None,) * len(products)
         counts = tuple(len(linears) for linears in products)

@@ -89,10 +89,9 @@ def add_norm_backward_kernel(dnew_x, dh, new_x, key, weight, dx, dbranch, dw, ro
         g = tl.load(dh + at, mask=mask, other=0.0).to(tl.float32)
         above = tl.load(dnew_x + at, mask=mask, other=0.0).to(tl.float32)
         r = tl.rsqrt(_row_sum(x * x) / WIDTH + eps)
-        x *= r
-        dw_rows += g * x
-        g *= w
-        g = r * (g - x * (_row_sum(g * x) / WIDTH)) + above
+        dw_rows += g * x * r
+        g = g * w
+        g = r * (g - x * (_row_sum(g * x) / WIDTH) * r * r) + above
         tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
         if DROP:
             g = tl.where(_kept(key, offs_r, offs_d, threshold), g * scale, 0.0)
