@@ -20,7 +20,7 @@ from corpus import SAMPLE
 from toy_lm import checkpoint, data, report, step
 from toy_lm import train as training
 from toy_lm.config import ModelConfig, Preset, TrainConfig, preset
-from toy_lm.model import AddNorm, Dropout, Transformer
+from toy_lm.model import AddNorm, Copies, Dropout, Transformer
 from toy_lm.optimizer import Optimizer
 from toy_lm.train import learning_rate, train
 
@@ -525,6 +525,15 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean(device):
     near = [kept.roll((i, j), (1, 2)) for i in range(3) for j in range(6) if i or j]
     for second in (other, *near):
         assert abs((~kept & ~second).double().mean().item() - share**2) < 5 * deviation
+
+
+def test_copies_are_rounded_weights_and_hand_their_gradients_on(device):
+    weights = [torch.randn(shape, device=device, requires_grad=True) for shape in ((3, 4), (2, 4), (5, 6))]
+    copies = Copies.apply(torch.bfloat16, (2, 1), *weights)
+    plain = (torch.cat(weights[:2]).bfloat16(), weights[2].bfloat16())
+    assert all(torch.equal(x, y) for x, y in zip(copies, plain, strict=True))
+    found, expected = (torch.autograd.grad(sum(x.sin().sum() for x in xs), weights) for xs in (copies, plain))
+    assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.gpu
