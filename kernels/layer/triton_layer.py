@@ -31,7 +31,7 @@ from kernels.launch import launched
 # 64: add_norm 13 forward and 22 backward, whatever the tile; norm_rotary 20 and 28, swiglu of 16384 x 1024 27 and 42,
 # at 3 to 4.1 TB/s.
 ADD_NORM = {"ROWS": 4, "num_warps": 4}
-ADD_NORM_BACKWARD = {"PART": 256, "ROWS": 4, "num_warps": 4, "programs": 660}
+ADD_NORM_BACKWARD = {"PART": 256, "ROWS": 2, "num_warps": 2, "programs": 1320}
 NORM_ROTARY = {"ROWS": 64, "num_warps": 4}
 NORM_ROTARY_BACKWARD = {"ROWS": 32, "num_warps": 4, "programs": 528}
 SWIGLU = {"BLOCK": 2048, "num_warps": 8}
@@ -48,10 +48,9 @@ def _mix(x):
 
 
 @triton.jit
-def _kept(key, row, column, threshold):
-    """Which entries dropout leaves: four neighbours get a byte each of a hash of their place and the key."""
-    first, second = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
-    row = _mix(_mix(row.to(tl.uint32) ^ first) + second)
+def _kept(first, second, row, column, threshold):
+    """Which entries dropout leaves: four neighbours get a byte each of a hash of their place and the key's halves."""
+    row = _mix(_mix(row.to(tl.uint32) ^ first.to(tl.uint32)) + second.to(tl.uint32))
     word = _mix(row + (column >> 2).to(tl.uint32) * 0x9E3779B1)
     return ((word >> ((column & 3) * 8).to(tl.uint32)) & 255) >= threshold
 
@@ -64,7 +63,8 @@ def add_norm_forward_kernel(x, branch, key, weight, new_x, h, rows, threshold, s
     mask = (offs_r < rows)[:, None] & (offs_d < WIDTH)[None, :]
     add = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
     if DROP:
-        add = tl.where(_kept(key, offs_r[:, None], offs_d[None, :], threshold), add * scale, 0.0)
+        kept = _kept(tl.load(key), tl.load(key + 1), offs_r[:, None], offs_d[None, :], threshold)
+        add = tl.where(kept, add * scale, 0.0)
     new = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + add).to(new_x.dtype.element_ty)
     tl.store(new_x + at, new, mask=mask)
     new = new.to(tl.float32)
@@ -77,10 +77,12 @@ def add_norm_forward_kernel(x, branch, key, weight, new_x, h, rows, threshold, s
 def add_norm_backward_kernel(dnew_x, dh, new_x, key, weight, dx, dbranch, dw, rows, threshold, scale, eps,
                              DROP: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
                              ROWS: tl.constexpr):  # fmt: skip
-    """dw (programs, WIDTH) fp32. Tiles are [PARTS, ROWS, PART]: a warp has a row, which it adds up by itself."""
+    """dw (programs, WIDTH) fp32. Tiles are [PARTS, ROWS, PART]: up to 512 wide a warp has a row to itself."""
     offs_d = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
     w = tl.load(weight + offs_d, mask=offs_d < WIDTH, other=0.0).to(tl.float32)
     dw_rows = tl.zeros([PARTS, ROWS, PART], tl.float32)
+    if DROP:
+        first, second = tl.load(key), tl.load(key + 1)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         offs_r = tile * ROWS + tl.arange(0, ROWS)[None, :, None]
         at = offs_r.to(tl.int64) * WIDTH + offs_d
@@ -89,12 +91,13 @@ def add_norm_backward_kernel(dnew_x, dh, new_x, key, weight, dx, dbranch, dw, ro
         g = tl.load(dh + at, mask=mask, other=0.0).to(tl.float32)
         above = tl.load(dnew_x + at, mask=mask, other=0.0).to(tl.float32)
         r = tl.rsqrt(_row_sum(x * x) / WIDTH + eps)
-        dw_rows += g * x * r
-        g = g * w
-        g = r * (g - x * (_row_sum(g * x) / WIDTH) * r * r) + above
+        x *= r
+        dw_rows += g * x
+        g *= w
+        g = r * (g - x * (_row_sum(g * x) / WIDTH)) + above
         tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
         if DROP:
-            g = tl.where(_kept(key, offs_r, offs_d, threshold), g * scale, 0.0)
+            g = tl.where(_kept(first, second, offs_r, offs_d, threshold), g * scale, 0.0)
             tl.store(dbranch + at, g.to(dx.dtype.element_ty), mask=mask)
     to = dw + tl.program_id(0) * WIDTH + offs_d
     tl.store(to, tl.sum(dw_rows, axis=1, keep_dims=True), mask=offs_d < WIDTH)
@@ -300,7 +303,8 @@ def add_norm_backward(
     arguments += (new_x.numel() // width, threshold, 256 / (256 - threshold), eps)
     constants = {"DROP": key is not None, "WIDTH": width}
     constants["PARTS"] = _power_of_2(-(-width // ADD_NORM_BACKWARD["PART"]))
-    _launch(add_norm_backward_kernel, (programs,), arguments, ADD_NORM_BACKWARD, **constants)
+    tile = {**ADD_NORM_BACKWARD, "num_warps": ADD_NORM_BACKWARD["ROWS"] * min(16, max(1, constants["PARTS"] // 2))}
+    _launch(add_norm_backward_kernel, (programs,), arguments, tile, **constants)
     return dx, dbranch, _column_sums(parts, torch.empty_like(weight, dtype=torch.float32))
 
 

@@ -43,7 +43,7 @@ CASES = [
     ("swiglu", lambda: [torch.randn(1, 2)]),
     ("cross_entropy", lambda: cross_entropy_inputs((3, 37), 256)),
     ("cross_entropy", lambda: cross_entropy_inputs((2, 3), 10_001)),
-    ("cross_entropy", lambda: cross_entropy_inputs((1,), 2)),
+    ("cross_entropy", lambda: cross_entropy_inputs((1,), 33)),
 ]
 WITH_EPS = ("add_norm", "norm_rotary")
 NAMES = [f"{name}{number}" for number, (name, _) in enumerate(CASES)]
@@ -83,12 +83,12 @@ def differentiate(name, make, dtype, device):
 
 
 def within(ours, exact, plain, dtype) -> bool:
-    """Twice plain torch's error, plus one rounding."""
+    """Twice plain torch's error, plus two roundings."""
 
     def error(x, truth):
         return (x.double() - truth).norm() / truth.norm().clamp(min=1e-30)
 
-    bounds = [2 * error(x, truth) + torch.finfo(dtype).eps / 2 for x, truth in zip(plain, exact, strict=True)]
+    bounds = [2 * error(x, truth) + torch.finfo(dtype).eps for x, truth in zip(plain, exact, strict=True)]
     return all(error(x, truth) <= bound for x, truth, bound in zip(ours, exact, bounds, strict=True))
 
 
@@ -166,10 +166,12 @@ def test_compiled_ahead_nothing_spills(capability):
     types |= {f"{x}_{stride}": "i32" for x in "qkv" for stride in ("batch", "token", "head")}
     add_norm = {"DROP": True, "WIDTH": 384, "BLOCK": 512}
     norm_rotary = {"HQ": 6, "HK": 6, "HALF": 32, "BLOCK": 32}
+    wide = {**layer.ADD_NORM_BACKWARD, "num_warps": 8}
     vocabulary = {"WIDTH": 256, "BLOCK": 256, "ROWS": 16}
     for kernel, constants, tile in (
         (layer.add_norm_forward_kernel, add_norm, layer.ADD_NORM),
         (layer.add_norm_backward_kernel, {"DROP": True, "WIDTH": 384, "PARTS": 2}, layer.ADD_NORM_BACKWARD),
+        (layer.add_norm_backward_kernel, {"DROP": True, "WIDTH": 2048, "PARTS": 8}, wide),
         (layer.column_sums_kernel, {"WIDTH": 384}, layer.COLUMN_SUMS),
         (layer.norm_rotary_forward_kernel, norm_rotary, layer.NORM_ROTARY),
         (layer.norm_rotary_backward_kernel, norm_rotary, layer.NORM_ROTARY_BACKWARD),

@@ -38,7 +38,7 @@ def test_the_singular_values_come_near_one(shape, device):
 def test_equals_the_definition(shape, size, device):
     x, scale = matrices(shape, device, size), torch.tensor(0.3, device=device)
     exact = reference.orthogonalize(x.double(), scale.double())
-    assert (kernels.orthogonalize(x, scale).double() - exact).norm() < 0.02 * exact.norm()
+    assert (kernels.orthogonalize(x, scale).double() - exact).norm() < 0.03 * exact.norm()
 
 
 def test_nothing_comes_of_nothing(device):
