@@ -36,6 +36,7 @@ CASES = [
     ("add_norm", lambda: add_norm_inputs((2, 37, 48), 51)),
     ("add_norm", lambda: add_norm_inputs((3, 5, 130), 0)),
     ("add_norm", lambda: add_norm_inputs((1, 1, 7), 255)),
+    ("add_norm", lambda: add_norm_inputs((3, 700), 51)),
     ("norm_rotary", lambda: norm_rotary_inputs(2, 5, 6, 6, 64)),
     ("norm_rotary", lambda: norm_rotary_inputs(3, 37, 4, 2, 32, batch_of_angles=3)),
     ("norm_rotary", lambda: norm_rotary_inputs(1, 17, 3, 1, 10)),
