@@ -6,7 +6,7 @@ The interpreter has to be chosen before the kernels are imported, hence a proces
 import torch
 
 from kernels.layer import triton_layer
-from tests.kernels.test_layer import CASES, EPS, differentiate, within
+from tests.kernels.test_layer import CASES, EPS, differentiate, too_far_off
 
 
 def add_norm(x, branch, key, weight, threshold):
@@ -45,5 +45,5 @@ for name, make in CASES:
     for dtype in (torch.float32, torch.float16):
         inputs, gradients, exact, plain = differentiate(name, make, dtype, "cpu")
         outs, backward = KERNELS[name](*inputs)
-        assert within((*outs, *backward(*gradients)), exact, plain, dtype), (name, dtype)
+        assert too_far_off((*outs, *backward(*gradients)), exact, plain, dtype) == [], (name, dtype)
     print(name, "equal")
