@@ -40,7 +40,7 @@ BLOCK_K = {torch.float32: 64, torch.bfloat16: 2048}  # columns of weights at a t
 # (64, 2) 168 214 250, 246, 763. Those of 128 need all registers there are.
 KEY_NUMBERS, ATTEND_WARPS = 4096, 4
 PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
-SPLITS = {torch.float32: 1, torch.bfloat16: 4}
+SPLIT = {torch.float32: 1 << 30, torch.bfloat16: 64}
 ROWS = 16  # of a product, a program
 LOWEST = tl.constexpr(-1e30)  # -inf less -inf is not a number
 
@@ -69,14 +69,14 @@ def _weights(w_ptr, n, in_n, start, dim: tl.constexpr, BLOCK_K: tl.constexpr, DT
 
 @triton.jit
 def _multiply(w, x, SPLITS: tl.constexpr):
-    """w [ROWS, BLOCK_K] times the transpose of x [BATCH, BLOCK_K]: [ROWS, BATCH] fp32, BATCH at least 8."""
+    """w [ROWS, BLOCK_K] times the transpose of x [BATCH, BLOCK_K]: [SPLITS, ROWS, BATCH] fp32, BATCH at least 8."""
     if w.dtype == tl.float32:
-        return tl.sum(w[:, None, :] * x[None, :, :], axis=2)
+        return tl.sum(w[:, None, :] * x[None, :, :], axis=2)[None, :, :]
     if x.shape[0] < 8:  # the matrix units take no fewer; one sequence's numbers are cheaper read once
         x = tl.broadcast_to(x, [8, x.shape[1]])
     w = tl.permute(tl.reshape(w, [w.shape[0], SPLITS, w.shape[1] // SPLITS]), (1, 0, 2))
     x = tl.permute(tl.reshape(x, [x.shape[0], SPLITS, x.shape[1] // SPLITS]), (1, 2, 0))
-    return tl.sum(tl.dot(w, x), axis=0)  # over [SPLITS, ROWS, BATCH]
+    return tl.dot(w, x)
 
 
 @triton.jit
@@ -87,25 +87,35 @@ def _product(
     n,  # the rows' numbers [ROWS]
     in_n,
     x_ptr,  # [batch, dim]
+    squares_ptr,  # of x before it was scaled, or None
     batch,
+    eps,
     dim: tl.constexpr,
+    SHARE: tl.constexpr,
     BATCH: tl.constexpr,  # sequences of a tile: 1, or 8 and more
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """[ROWS, BATCH], at least 8 columns: the weights' rows times x."""
+    """[ROWS, BATCH], at least 8 columns: the weights' rows times x, or where there are squares, times its norm."""
     rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    acc = tl.zeros([n.shape[0], BATCH if BATCH >= 8 else 8], tl.float32)
+    if squares_ptr is not None:
+        squares = _squares(squares_ptr, rows, batch, dim, SHARE)  # on their way while x is
+    acc = tl.zeros([SPLITS, n.shape[0], BATCH if BATCH >= 8 else 8], tl.float32)
     for start in range(0, dim, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         mask = (rows < batch)[:, None] & (columns < dim)[None, :]
         x = tl.load(x_ptr + rows[:, None] * dim + columns[None, :], mask=mask, other=0.0)
         acc += _multiply(w, x, SPLITS)
         w = _weights(w_ptr, n, in_n, start + BLOCK_K, dim, BLOCK_K, DTYPE)
+    if squares_ptr is not None:
+        factor = _factor(tl.sum(squares, axis=0), eps, dim)  # while the matrix units are busy
+        product = tl.sum(acc, axis=0) * factor[None, :]
+    else:
+        product = tl.sum(acc, axis=0)
     if w_scale_ptr is not None:
-        acc *= tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[:, None]
-    return acc
+        product *= tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[:, None]
+    return product
 
 
 @triton.jit
@@ -115,11 +125,16 @@ def _factor(squares, eps, dim: tl.constexpr):
 
 
 @triton.jit
-def _squares(squares_ptr, rows, batch, dim: tl.constexpr, TILES: tl.constexpr, SHARE: tl.constexpr):
-    """Of these rows of x, the sums of squares of SHARE numbers each: [TILES, rows]"""
-    tile = tl.arange(0, TILES)
-    mask = (tile * SHARE < dim)[:, None] & (rows < batch)[None, :]
-    return tl.load(squares_ptr + tile[:, None] * batch + rows[None, :], mask=mask, other=0.0)
+def _squares(squares_ptr, rows, batch, dim: tl.constexpr, SHARE: tl.constexpr):
+    """Sums of squares of these rows of x, of which there is one for each SHARE numbers: [32, rows], to be added up.
+
+    32, so that a warp has all of one sequence."""
+    part = tl.arange(0, 32)
+    squares = tl.zeros([32, rows.shape[0]], tl.float64)
+    for first in tl.static_range(0, (dim + SHARE - 1) // SHARE, 32):
+        mask = ((first + part) * SHARE < dim)[:, None] & (rows < batch)[None, :]
+        squares += tl.load(squares_ptr + (first + part)[:, None] * batch + rows[None, :], mask=mask, other=0.0)
+    return squares
 
 
 @triton.jit
@@ -166,7 +181,6 @@ def _linear(
     size,
     eps,
     dim: tl.constexpr,
-    TILES: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -180,9 +194,9 @@ def _linear(
     rows = _sequences(BATCH)
     w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
-    squares = _squares(squares_ptr, rows, batch, dim, TILES, ROWS)  # on their way while x is
-    acc = _product(w, w_ptr, w_scale_ptr, n, n < size, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
-    acc *= _factor(tl.sum(squares, axis=0), eps, dim)[None, :]
+    acc = _product(
+        w, w_ptr, w_scale_ptr, n, n < size, x_ptr, squares_ptr, batch, eps, dim, ROWS, BATCH, BLOCK_K, SPLITS, DTYPE
+    )
     mask = (n < size)[:, None] & (rows < batch)[None, :]
     tl.store(out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], acc, mask=mask)
 
@@ -289,7 +303,6 @@ def _gate_up(
     mlp_dim,
     eps,
     dim: tl.constexpr,
-    TILES: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -304,9 +317,9 @@ def _gate_up(
     rows = _sequences(BATCH)
     w = _weights(w_ptr, n, in_n, 0, dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
-    squares = _squares(squares_ptr, rows, batch, dim, TILES, ROWS)  # on their way while x is
-    acc = _product(w, w_ptr, w_scale_ptr, n, in_n, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
-    acc *= _factor(tl.sum(squares, axis=0), eps, dim)[None, :]
+    acc = _product(
+        w, w_ptr, w_scale_ptr, n, in_n, x_ptr, squares_ptr, batch, eps, dim, ROWS, BATCH, BLOCK_K, SPLITS, DTYPE
+    )
     gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, acc.shape[1]]), (0, 2, 1)))
     hidden = gate / (1.0 + tl.exp(-gate)) * up
     unit = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
@@ -342,7 +355,9 @@ def _add(
     scale = tl.load(norm_ptr + n, mask=n < size, other=0.0).to(tl.float32)
     _wait(OVERLAP)
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
-    x += _product(w, w_ptr, w_scale_ptr, n, n < size, v_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
+    x += _product(
+        w, w_ptr, w_scale_ptr, n, n < size, v_ptr, None, batch, 0.0, dim, ROWS, BATCH, BLOCK_K, SPLITS, DTYPE
+    )
     tl.store(x_ptr + at, x, mask=mask)
     tl.store(scaled_ptr + at, (x * scale[:, None]).to(scaled_ptr.dtype.element_ty), mask=mask)
     x = tl.where(mask, x, 0.0).to(tl.float64)
@@ -392,13 +407,13 @@ def decode_step(
         """The grid and the tile of a product with weights of this size."""
         tile = _tile(batch, dtype)
         block_k = min(BLOCK_K[dtype], triton.next_power_of_2(max(columns, 64)))
-        sizes = {"BATCH": tile, "ROWS": ROWS, "BLOCK_K": block_k, "SPLITS": SPLITS[dtype], "DTYPE": PRODUCT[dtype]}
+        sizes = {"BATCH": tile, "ROWS": ROWS, "BLOCK_K": block_k, "SPLITS": max(1, block_k // SPLIT[dtype]), "DTYPE": PRODUCT[dtype]}
         num_warps = 8 if block_k > 1024 else 4
         return (triton.cdiv(rows, ROWS), triton.cdiv(batch, tile)), {**sizes, "num_warps": num_warps, **early}
 
     def linear(w: Tensor, scale: Tensor | None, out: Tensor) -> None:
         grid, options = product(len(w), dim)
-        _linear[grid](scaled, squares, w, scale, out, batch, len(w), norm_eps, dim, tiles, **options)
+        _linear[grid](scaled, squares, w, scale, out, batch, len(w), norm_eps, dim, **options)
 
     def add(v: Tensor, w: Tensor, scale: Tensor | None, next_norm: Tensor) -> None:
         grid, options = product(dim, v.shape[1])
@@ -419,7 +434,7 @@ def decode_step(
         add(attended, o[layer], of_o, post_norm[layer])
         grid, options = product(2 * mlp_dim, dim)
         _gate_up[grid](
-            scaled, squares, gate_up[layer], of_gate_up, hidden, batch, mlp_dim, norm_eps, dim, tiles, **options
+            scaled, squares, gate_up[layer], of_gate_up, hidden, batch, mlp_dim, norm_eps, dim, **options
         )
         add(hidden, down[layer], of_down, input_norm[layer + 1] if layer + 1 < num_layers else final_norm)
     linear(embedding, None, logits)
