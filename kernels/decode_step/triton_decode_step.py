@@ -38,7 +38,7 @@ BLOCK_K = {torch.float32: 64, torch.bfloat16: 2048}  # columns of weights at a t
 # by keys at a time and warps, in us, at positions 0, 200 and 400 for one sequence, and at 200 for 8 and for 64: (64, 4)
 # 168 196 220, 238, 751; (128, 4) 173 194 214, 219, 766; (128, 8) 177 193 208, 221, 893; (256, 8) 179 195 209, 221, 916;
 # (64, 2) 168 214 250, 246, 763. Those of 128 need all registers there are.
-KEY_NUMBERS, ATTEND_WARPS = 4096, 4
+KEYS, ATTEND_WARPS = 4, 4
 PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
 SPLIT = {torch.float32: 1 << 30, torch.bfloat16: 64}
 ROWS = 16  # of a product, a program
@@ -202,12 +202,16 @@ def _linear(
 
 
 @triton.jit
-def _rotated(x_ptr, scale, partner_scale, cos, sin, offs, partner, inside, eps, HEAD_DIM: tl.constexpr):
-    """A head's numbers [BLOCK_D], normalised, scaled, turned by their angles; sin has the sign of its half."""
-    x = tl.load(x_ptr + offs, mask=inside, other=0.0)
-    other = tl.load(x_ptr + partner, mask=inside, other=0.0)
-    factor = _factor(tl.sum(x * x, axis=0), eps, HEAD_DIM)
-    return x * factor * scale * cos + other * factor * partner_scale * sin
+def _rotated(low, high, low_scale, high_scale, cos, sin, eps, HEAD_DIM: tl.constexpr):
+    """A head's halves, normalised, scaled, turned by their angles."""
+    factor = _factor(tl.sum(low * low + high * high, axis=0), eps, HEAD_DIM)
+    low, high = low * factor * low_scale, high * factor * high_scale
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def _add_up(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
@@ -227,69 +231,88 @@ def _attend(
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
-    BLOCK_T: tl.constexpr,  # keys at a time
+    BLOCK_D: tl.constexpr,  # HEAD_DIM / 2, rounded up to a power of two
+    LINES: tl.constexpr,
+    KEYS: tl.constexpr,  # of a line, at a time
     OVERLAP: tl.constexpr,
 ):
-    """Write the sequence's new key and value; attend with one head over them and what was cached before."""
+    """Write the sequence's new key and value; attend with one head over them and what was cached before.
+
+    Heads are in halves, which the rotation turns into one another: a warp has a whole one in its threads."""
     _start_next(OVERLAP)
     sequence, head = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
-    offs = tl.arange(0, BLOCK_D)
-    inside, upper = offs < HEAD_DIM, offs >= HALF
-    partner = tl.where(upper, offs - HALF, offs + HALF)
+    half = tl.arange(0, BLOCK_D)
+    inside = half < HALF
     position = tl.load(position_ptr + sequence)
     kv_head = head // (num_heads // num_kv_heads)
     line = (tl.cast(sequence, tl.int64) * num_kv_heads + kv_head) * capacity
-    keys = tl.arange(0, BLOCK_T)
-    at = (line + keys)[:, None] * HEAD_DIM + offs[None, :]
-    mask = (keys < position)[:, None] & inside[None, :]
-    k_tile = tl.load(k_cache_ptr + at, mask=mask, other=0.0)
-    v_tile = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
-    angle = position * HALF + tl.minimum(offs, partner)
-    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
-    sin = tl.where(upper, sin, -sin)
-    q_scale = tl.load(q_norm_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-    q_partner = tl.load(q_norm_ptr + partner, mask=inside, other=0.0).to(tl.float32)
-    k_scale = tl.load(k_norm_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-    k_partner = tl.load(k_norm_ptr + partner, mask=inside, other=0.0).to(tl.float32)
+    key = tl.arange(0, KEYS)[:, None] * LINES + tl.arange(0, LINES)[None, :]
+    k_at = k_cache_ptr + line * HEAD_DIM + key[:, :, None] * HEAD_DIM + half[None, None, :]
+    v_at = v_cache_ptr + line * HEAD_DIM + key[:, :, None] * HEAD_DIM + half[None, None, :]
+    mask = (key < position)[:, :, None] & inside[None, None, :]
+    k_low, k_high = tl.load(k_at, mask=mask, other=0.0), tl.load(k_at + HALF, mask=mask, other=0.0)
+    v_low, v_high = tl.load(v_at, mask=mask, other=0.0), tl.load(v_at + HALF, mask=mask, other=0.0)
+    cos = tl.load(cos_ptr + position * HALF + half, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + position * HALF + half, mask=inside, other=0.0)
+    q_low_scale = tl.load(q_norm_ptr + half, mask=inside, other=0.0).to(tl.float32)
+    q_high_scale = tl.load(q_norm_ptr + HALF + half, mask=inside, other=0.0).to(tl.float32)
+    k_low_scale = tl.load(k_norm_ptr + half, mask=inside, other=0.0).to(tl.float32)
+    k_high_scale = tl.load(k_norm_ptr + HALF + half, mask=inside, other=0.0).to(tl.float32)
     _wait(OVERLAP)
 
-    q_at = qkv_ptr + (sequence * (num_heads + 2 * num_kv_heads) + head) * HEAD_DIM
-    k_at = q_at + (num_heads + kv_head - head) * HEAD_DIM
-    v = tl.load(k_at + num_kv_heads * HEAD_DIM + offs, mask=inside, other=0.0).to(v_cache_ptr.dtype.element_ty)
-    q = _rotated(q_at, q_scale, q_partner, cos, sin, offs, partner, inside, eps, HEAD_DIM) * scale
-    k = _rotated(k_at, k_scale, k_partner, cos, sin, offs, partner, inside, eps, HEAD_DIM)
-    k = k.to(k_cache_ptr.dtype.element_ty)
+    q_at = qkv_ptr + (sequence * (num_heads + 2 * num_kv_heads) + head) * HEAD_DIM + half
+    new_at = qkv_ptr + (sequence * (num_heads + 2 * num_kv_heads) + num_heads + kv_head) * HEAD_DIM + half
+    q_low, q_high = tl.load(q_at, mask=inside, other=0.0), tl.load(q_at + HALF, mask=inside, other=0.0)
+    new_low, new_high = tl.load(new_at, mask=inside, other=0.0), tl.load(new_at + HALF, mask=inside, other=0.0)
+    new_at += num_kv_heads * HEAD_DIM
+    new_v_low = tl.load(new_at, mask=inside, other=0.0).to(v_cache_ptr.dtype.element_ty)
+    new_v_high = tl.load(new_at + HALF, mask=inside, other=0.0).to(v_cache_ptr.dtype.element_ty)
+    q_low, q_high = _rotated(q_low, q_high, q_low_scale * scale, q_high_scale * scale, cos, sin, eps, HEAD_DIM)
+    new_low, new_high = _rotated(new_low, new_high, k_low_scale, k_high_scale, cos, sin, eps, HEAD_DIM)
+    new_low, new_high = new_low.to(k_cache_ptr.dtype.element_ty), new_high.to(k_cache_ptr.dtype.element_ty)
     if head % (num_heads // num_kv_heads) == 0:
-        tl.store(k_cache_ptr + (line + position) * HEAD_DIM + offs, k, mask=inside)
-        tl.store(v_cache_ptr + (line + position) * HEAD_DIM + offs, v, mask=inside)
+        at = (line + position) * HEAD_DIM + half
+        tl.store(k_cache_ptr + at, new_low, mask=inside)
+        tl.store(k_cache_ptr + at + HALF, new_high, mask=inside)
+        tl.store(v_cache_ptr + at, new_v_low, mask=inside)
+        tl.store(v_cache_ptr + at + HALF, new_v_high, mask=inside)
 
-    # Each line of a tile has a softmax of its own, so that no thread waits for another before the last tile.
-    row_max = tl.full([BLOCK_T], LOWEST, tl.float32)  # scores in powers of two
-    row_sum = tl.zeros([BLOCK_T], tl.float32)
-    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for start in range(0, position, BLOCK_T):
-        s = tl.sum(k_tile.to(tl.float32) * q[None, :], axis=1)
-        s = tl.where(start + keys < position, s, float("-inf"))
-        values = v_tile
-        at += BLOCK_T * HEAD_DIM
-        mask = (start + BLOCK_T + keys < position)[:, None] & inside[None, :]
-        k_tile = tl.load(k_cache_ptr + at, mask=mask, other=0.0)
-        v_tile = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
-        new_max = tl.maximum(row_max, s)
-        alpha, p = tl.exp2(row_max - new_max), tl.exp2(s - new_max)
-        row_sum = row_sum * alpha + p
-        acc = acc * alpha[:, None] + p[:, None] * values.to(tl.float32)
+    # Each line has a softmax of its own, so that no thread waits for another before the last tile.
+    row_max = tl.full([LINES], LOWEST, tl.float32)  # scores in powers of two
+    row_sum = tl.zeros([LINES], tl.float32)
+    low = tl.zeros([LINES, BLOCK_D], tl.float32)
+    high = tl.zeros([LINES, BLOCK_D], tl.float32)
+    for start in range(0, position, KEYS * LINES):
+        s = tl.sum(
+            k_low.to(tl.float32) * q_low[None, None, :] + k_high.to(tl.float32) * q_high[None, None, :], axis=2
+        )
+        s = tl.where(start + key < position, s, float("-inf"))
+        low_values, high_values = v_low, v_high
+        k_at += KEYS * LINES * HEAD_DIM
+        v_at += KEYS * LINES * HEAD_DIM
+        mask = (start + KEYS * LINES + key < position)[:, :, None] & inside[None, None, :]
+        k_low, k_high = tl.load(k_at, mask=mask, other=0.0), tl.load(k_at + HALF, mask=mask, other=0.0)
+        v_low, v_high = tl.load(v_at, mask=mask, other=0.0), tl.load(v_at + HALF, mask=mask, other=0.0)
+        new_max = tl.maximum(row_max, tl.max(s, axis=0))
+        alpha, p = tl.exp2(row_max - new_max), tl.exp2(s - new_max[None, :])
+        row_sum = row_sum * alpha + tl.sum(p, axis=0)
+        low = low * alpha[:, None] + tl.sum(p[:, :, None] * low_values.to(tl.float32), axis=0)
+        high = high * alpha[:, None] + tl.sum(p[:, :, None] * high_values.to(tl.float32), axis=0)
         row_max = new_max
 
-    new_score = tl.sum(k.to(tl.float32) * q, axis=0)
+    new_score = tl.sum(new_low.to(tl.float32) * q_low + new_high.to(tl.float32) * q_high, axis=0)
     total_max = tl.maximum(tl.max(row_max, axis=0), new_score)
     alpha, new_p = tl.exp2(row_max - total_max), tl.exp2(new_score - total_max)
-    total = tl.sum(row_sum * alpha, axis=0) + new_p
-    out = ((tl.sum(acc * alpha[:, None], axis=0) + v.to(tl.float32) * new_p) / total).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (sequence * num_heads + head) * HEAD_DIM + offs, out, mask=inside)
+    # The sum of p takes part as a tile of its own: one reduction waits for the other threads once.
+    row_sum = tl.broadcast_to((row_sum * alpha)[:, None], [LINES, BLOCK_D])
+    low, high, total = tl.reduce((low * alpha[:, None], high * alpha[:, None], row_sum), 0, _add_up)
+    total += new_p
+    low = (low + new_v_low.to(tl.float32) * new_p) / total
+    high = (high + new_v_high.to(tl.float32) * new_p) / total
+    at = out_ptr + (sequence * num_heads + head) * HEAD_DIM + half
+    tl.store(at, low.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(at + HALF, high.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -401,7 +424,7 @@ def decode_step(
 
     overlap = can_overlap(embedding.device)
     early = {"OVERLAP": overlap, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
-    tiles, block_d = triton.next_power_of_2(len(squares)), triton.next_power_of_2(head_dim)
+    tiles, half = triton.next_power_of_2(len(squares)), triton.next_power_of_2(head_dim // 2)
 
     def product(rows: int, columns: int) -> tuple[tuple[int, int], dict]:
         """The grid and the tile of a product with weights of this size."""
@@ -429,7 +452,7 @@ def decode_step(
         _attend[(batch, num_heads)](
             projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, attended,
             capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, num_heads, num_kv_heads, HEAD_DIM=head_dim,
-            BLOCK_D=block_d, BLOCK_T=KEY_NUMBERS // block_d, num_warps=ATTEND_WARPS, **early,
+            BLOCK_D=half, LINES=max(8, 1024 // half), KEYS=KEYS, num_warps=ATTEND_WARPS, **early,
         )  # fmt: skip
         add(attended, o[layer], of_o, post_norm[layer])
         grid, options = product(2 * mlp_dim, dim)
