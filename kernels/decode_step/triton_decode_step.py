@@ -10,8 +10,8 @@
 
 At batch 1 a step is a chain of small kernels: reading a part's weights takes less time than starting it and handing its
 result on. Where the card has programmatic launches (sm_90), a kernel starts while the ones before it still run, reads
-what they do not write, weights and older keys and values, and only then waits for them. Only `embed` waits from the
-start, so that one step never overlaps the next: what one step reads early, the one before has written.
+what they do not write, weights and older keys and values, and only then waits for them. Only `embed` waits before it
+lets others start, so that one step never overlaps the next: what one step reads early, the one before has written.
 
 The norm needs no kernel of its own: norm(x) W = (x scale) W / rms(x). Whoever writes x also writes it scaled, rounded
 to what the matrix units take, and the sums of the squares of its 16 numbers, in fp64, so that their order does not
@@ -157,13 +157,14 @@ def _embed(
     SHARE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    _start_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILES * SHARE)
+    scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0).to(tl.float32)
+    _wait(OVERLAP)  # before the next kernels start: they read keys that the step before has written
+    _start_next(OVERLAP)
     token = tl.maximum(tl.load(token_ptr + row), 0)
     x = tl.load(embedding_ptr + token * dim + columns, mask=columns < dim, other=0.0).to(tl.float32)
     tl.store(x_ptr + row * dim + columns, x, mask=columns < dim)
-    scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0).to(tl.float32)
     tl.store(scaled_ptr + row * dim + columns, (x * scale).to(scaled_ptr.dtype.element_ty), mask=columns < dim)
     squares = tl.sum(tl.reshape(x.to(tl.float64) * x.to(tl.float64), [TILES, SHARE]), axis=1)
     tile = tl.arange(0, TILES)
@@ -443,7 +444,7 @@ def decode_step(
         _add[grid](v, w, scale, x, next_norm, scaled, squares, batch, dim, v.shape[1], **options)
 
     _embed[(batch,)](
-        token_ids, embedding, x, input_norm[0], scaled, squares, batch, dim, tiles, ROWS, OVERLAP=overlap, num_warps=4
+        token_ids, embedding, x, input_norm[0], scaled, squares, batch, dim, tiles, ROWS, num_warps=4, **early
     )
     for layer in range(num_layers):
         scales = (scale if scale is None else scale[layer] for scale in (qkv_scale, o_scale, gate_up_scale, down_scale))
