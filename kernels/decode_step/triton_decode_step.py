@@ -68,6 +68,15 @@ def _weights(w_ptr, n, in_n, start, dim: tl.constexpr, BLOCK_K: tl.constexpr, DT
 
 
 @triton.jit
+def _vectors(x_ptr, batch, start, dim: tl.constexpr, BATCH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The sequences of the program's tile, columns from start on: [BATCH, BLOCK_K]"""
+    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    columns = start + tl.arange(0, BLOCK_K)
+    mask = (rows < batch)[:, None] & (columns < dim)[None, :]
+    return tl.load(x_ptr + rows[:, None] * dim + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _multiply(w, x, SPLITS: tl.constexpr):
     """w [ROWS, BLOCK_K] times the transpose of x [BATCH, BLOCK_K]: [SPLITS, ROWS, BATCH] fp32, BATCH at least 8."""
     if w.dtype == tl.float32:
@@ -82,33 +91,28 @@ def _multiply(w, x, SPLITS: tl.constexpr):
 @triton.jit
 def _product(
     w,  # [ROWS, BLOCK_K]: the first columns of the weights' rows
+    x,  # [BATCH, BLOCK_K]: the first columns of the sequences
     w_ptr,
     w_scale_ptr,  # of int8 rows, or None
     n,  # the rows' numbers [ROWS]
     in_n,
     x_ptr,  # [batch, dim]
-    squares_ptr,  # of x before it was scaled, or None
+    squares,  # of x before it was scaled [32, BATCH], to be added up, or None
     batch,
     eps,
     dim: tl.constexpr,
-    SHARE: tl.constexpr,
     BATCH: tl.constexpr,  # sequences of a tile: 1, or 8 and more
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """[ROWS, BATCH], at least 8 columns: the weights' rows times x, or where there are squares, times its norm."""
-    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    if squares_ptr is not None:
-        squares = _squares(squares_ptr, rows, batch, dim, SHARE)  # on their way while x is
     acc = tl.zeros([SPLITS, n.shape[0], BATCH if BATCH >= 8 else 8], tl.float32)
     for start in range(0, dim, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        mask = (rows < batch)[:, None] & (columns < dim)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * dim + columns[None, :], mask=mask, other=0.0)
         acc += _multiply(w, x, SPLITS)
         w = _weights(w_ptr, n, in_n, start + BLOCK_K, dim, BLOCK_K, DTYPE)
-    if squares_ptr is not None:
+        x = _vectors(x_ptr, batch, start + BLOCK_K, dim, BATCH, BLOCK_K)
+    if squares is not None:
         factor = _factor(tl.sum(squares, axis=0), eps, dim)  # while the matrix units are busy
         product = tl.sum(acc, axis=0) * factor[None, :]
     else:
@@ -125,12 +129,12 @@ def _factor(squares, eps, dim: tl.constexpr):
 
 
 @triton.jit
-def _squares(squares_ptr, rows, batch, dim: tl.constexpr, SHARE: tl.constexpr):
-    """Sums of squares of these rows of x, of which there is one for each SHARE numbers: [32, rows], to be added up.
-
-    32, so that a warp has all of one sequence."""
+def _squares(squares_ptr, batch, dim: tl.constexpr, BATCH: tl.constexpr, SHARE: tl.constexpr):
+    """Sums of squares of the program's sequences, of which there is one for each SHARE numbers: [32, BATCH], to be
+    added up. 32, so that a warp has all of a sequence."""
+    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     part = tl.arange(0, 32)
-    squares = tl.zeros([32, rows.shape[0]], tl.float64)
+    squares = tl.zeros([32, BATCH], tl.float64)
     for first in tl.static_range(0, (dim + SHARE - 1) // SHARE, 32):
         mask = ((first + part) * SHARE < dim)[:, None] & (rows < batch)[None, :]
         squares += tl.load(squares_ptr + (first + part)[:, None] * batch + rows[None, :], mask=mask, other=0.0)
@@ -195,8 +199,10 @@ def _linear(
     rows = _sequences(BATCH)
     w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
+    x = _vectors(x_ptr, batch, 0, dim, BATCH, BLOCK_K)
+    squares = _squares(squares_ptr, batch, dim, BATCH, ROWS)
     acc = _product(
-        w, w_ptr, w_scale_ptr, n, n < size, x_ptr, squares_ptr, batch, eps, dim, ROWS, BATCH, BLOCK_K, SPLITS, DTYPE
+        w, x, w_ptr, w_scale_ptr, n, n < size, x_ptr, squares, batch, eps, dim, BATCH, BLOCK_K, SPLITS, DTYPE
     )
     mask = (n < size)[:, None] & (rows < batch)[None, :]
     tl.store(out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], acc, mask=mask)
@@ -341,9 +347,9 @@ def _gate_up(
     rows = _sequences(BATCH)
     w = _weights(w_ptr, n, in_n, 0, dim, BLOCK_K, DTYPE)
     _wait(OVERLAP)
-    acc = _product(
-        w, w_ptr, w_scale_ptr, n, in_n, x_ptr, squares_ptr, batch, eps, dim, ROWS, BATCH, BLOCK_K, SPLITS, DTYPE
-    )
+    x = _vectors(x_ptr, batch, 0, dim, BATCH, BLOCK_K)
+    squares = _squares(squares_ptr, batch, dim, BATCH, ROWS)
+    acc = _product(w, x, w_ptr, w_scale_ptr, n, in_n, x_ptr, squares, batch, eps, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
     gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, acc.shape[1]]), (0, 2, 1)))
     hidden = gate / (1.0 + tl.exp(-gate)) * up
     unit = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
@@ -378,10 +384,9 @@ def _add(
     w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K, DTYPE)
     scale = tl.load(norm_ptr + n, mask=n < size, other=0.0).to(tl.float32)
     _wait(OVERLAP)
+    v = _vectors(v_ptr, batch, 0, dim, BATCH, BLOCK_K)
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
-    x += _product(
-        w, w_ptr, w_scale_ptr, n, n < size, v_ptr, None, batch, 0.0, dim, ROWS, BATCH, BLOCK_K, SPLITS, DTYPE
-    )
+    x += _product(w, v, w_ptr, w_scale_ptr, n, n < size, v_ptr, None, batch, 0.0, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
     tl.store(x_ptr + at, x, mask=mask)
     tl.store(scaled_ptr + at, (x * scale[:, None]).to(scaled_ptr.dtype.element_ty), mask=mask)
     x = tl.where(mask, x, 0.0).to(tl.float64)
