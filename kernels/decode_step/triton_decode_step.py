@@ -38,7 +38,7 @@ BLOCK_K = {torch.float32: 64, torch.bfloat16: 2048}  # columns of weights at a t
 # by keys at a time and warps, in us, at positions 0, 200 and 400 for one sequence, and at 200 for 8 and for 64: (64, 4)
 # 168 196 220, 238, 751; (128, 4) 173 194 214, 219, 766; (128, 8) 177 193 208, 221, 893; (256, 8) 179 195 209, 221, 916;
 # (64, 2) 168 214 250, 246, 763. Those of 128 need all registers there are.
-KEYS, ATTEND_WARPS = 4, 4
+KEYS, ATTEND_WARPS = {torch.float32: 16, torch.bfloat16: 32}, 8
 PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
 SPLIT = {torch.float32: 1 << 30, torch.bfloat16: 64}
 ROWS = 16  # of a product, a program
@@ -210,15 +210,50 @@ def _linear(
 
 @triton.jit
 def _rotated(low, high, low_scale, high_scale, cos, sin, eps, HEAD_DIM: tl.constexpr):
-    """A head's halves, normalised, scaled, turned by their angles."""
-    factor = _factor(tl.sum(low * low + high * high, axis=0), eps, HEAD_DIM)
+    """A head's halves [GROUPS, BLOCK_D / 2], normalised, scaled, turned by their angles."""
+    factor = _factor(tl.sum(low * low + high * high, axis=1), eps, HEAD_DIM)[:, None]
     low, high = low * factor * low_scale, high * factor * high_scale
     return low * cos - high * sin, high * cos + low * sin
 
 
 @triton.jit
-def _add_up(a, b, c, d, e, f):
-    return a + d, b + e, c + f
+def _side_by_side(low, high):
+    """Halves [GROUPS, BLOCK_D / 2] as [GROUPS, 1, BLOCK_D]: each thread keeps what it has."""
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [low.shape[0], 1, 2 * low.shape[1]])
+
+
+@triton.jit
+def _keys_or_values(cache_ptr, at, seen, inside):
+    """[GROUPS, KEYS, BLOCK_D]"""
+    return tl.load(cache_ptr + at, mask=seen[:, :, None] & inside[None, None, :], other=0.0)
+
+
+@triton.jit
+def _with_tile(q, k, v, seen, group_max, group_sum, acc):
+    """A softmax over scores in powers of two, which each group has by itself, with a tile of keys and values more.
+
+    q [GROUPS, 1, BLOCK_D]; k, v [GROUPS, KEYS, BLOCK_D]; seen [GROUPS, KEYS]; group_max, group_sum [GROUPS, QUERIES] and
+    acc [GROUPS, QUERIES, BLOCK_D] fp32. The matrix units take 16 queries: 16 times the same; fp32 goes without them."""
+    if k.dtype == tl.float32:
+        s = tl.sum(k * q, axis=2)[:, None, :]
+    else:
+        s = tl.dot(tl.broadcast_to(q, [k.shape[0], 16, k.shape[2]]), tl.permute(k, (0, 2, 1)))
+    s = tl.where(seen[:, None, :], s, float("-inf"))
+    new_max = tl.maximum(group_max, tl.max(s, axis=2))
+    alpha, p = tl.exp2(group_max - new_max), tl.exp2(s - new_max[:, :, None])
+    group_sum = group_sum * alpha + tl.sum(p, axis=2)
+    if k.dtype == tl.float32:
+        new = tl.sum(tl.permute(p, (0, 2, 1)) * v, axis=1)[:, None, :]
+    else:
+        new = tl.dot(p.to(v.dtype), v)
+    return new_max, group_sum, acc * alpha[:, :, None] + new
+
+
+@triton.jit
+def _join(max_0, sum_0, max_1, sum_1):
+    """Two softmaxes as one."""
+    new_max = tl.maximum(max_0, max_1)
+    return new_max, sum_0 * tl.exp2(max_0 - new_max) + sum_1 * tl.exp2(max_1 - new_max)
 
 
 @triton.jit
@@ -238,88 +273,78 @@ def _attend(
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # HEAD_DIM / 2, rounded up to a power of two
-    LINES: tl.constexpr,
-    KEYS: tl.constexpr,  # of a line, at a time
+    BLOCK_H: tl.constexpr,  # half of HEAD_DIM, rounded up to a power of two
+    GROUPS: tl.constexpr,  # of keys: one a warp
+    KEYS: tl.constexpr,  # of a group, at a time
     OVERLAP: tl.constexpr,
 ):
     """Write the sequence's new key and value; attend with one head over them and what was cached before.
 
-    Heads are in halves, which the rotation turns into one another: a warp has a whole one in its threads."""
+    The new ones lie in halves, which the rotation turns into one another: a warp has a whole head in its threads."""
     _start_next(OVERLAP)
     sequence, head = tl.program_id(0), tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
-    half = tl.arange(0, BLOCK_D)
-    inside = half < HALF
+    TILE: tl.constexpr = GROUPS * KEYS
+    dtype = k_cache_ptr.dtype.element_ty
     position = tl.load(position_ptr + sequence)
     kv_head = head // (num_heads // num_kv_heads)
     line = (tl.cast(sequence, tl.int64) * num_kv_heads + kv_head) * capacity
-    key = tl.arange(0, KEYS)[:, None] * LINES + tl.arange(0, LINES)[None, :]
-    k_at = k_cache_ptr + line * HEAD_DIM + key[:, :, None] * HEAD_DIM + half[None, None, :]
-    v_at = v_cache_ptr + line * HEAD_DIM + key[:, :, None] * HEAD_DIM + half[None, None, :]
-    mask = (key < position)[:, :, None] & inside[None, None, :]
-    k_low, k_high = tl.load(k_at, mask=mask, other=0.0), tl.load(k_at + HALF, mask=mask, other=0.0)
-    v_low, v_high = tl.load(v_at, mask=mask, other=0.0), tl.load(v_at + HALF, mask=mask, other=0.0)
-    cos = tl.load(cos_ptr + position * HALF + half, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + position * HALF + half, mask=inside, other=0.0)
-    q_low_scale = tl.load(q_norm_ptr + half, mask=inside, other=0.0).to(tl.float32)
-    q_high_scale = tl.load(q_norm_ptr + HALF + half, mask=inside, other=0.0).to(tl.float32)
-    k_low_scale = tl.load(k_norm_ptr + half, mask=inside, other=0.0).to(tl.float32)
-    k_high_scale = tl.load(k_norm_ptr + HALF + half, mask=inside, other=0.0).to(tl.float32)
+    group = tl.arange(0, GROUPS)
+    half = (group * 0)[:, None] + tl.arange(0, BLOCK_H)[None, :]  # once for each group
+    in_half = half < HALF
+    d = tl.arange(0, 2 * BLOCK_H)
+    inside = d % BLOCK_H < HALF
+    d = d // BLOCK_H * HALF + d % BLOCK_H
+    key = group[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
+    at = (line + key)[:, :, None] * HEAD_DIM + d[None, None, :]
+    k = _keys_or_values(k_cache_ptr, at, key < position, inside)
+    v = _keys_or_values(v_cache_ptr, at, key < position, inside)
+    cos = tl.load(cos_ptr + position * HALF + half, mask=in_half, other=0.0)
+    sin = tl.load(sin_ptr + position * HALF + half, mask=in_half, other=0.0)
+    q_low_scale = tl.load(q_norm_ptr + half, mask=in_half, other=0.0).to(tl.float32) * scale
+    q_high_scale = tl.load(q_norm_ptr + HALF + half, mask=in_half, other=0.0).to(tl.float32) * scale
+    k_low_scale = tl.load(k_norm_ptr + half, mask=in_half, other=0.0).to(tl.float32)
+    k_high_scale = tl.load(k_norm_ptr + HALF + half, mask=in_half, other=0.0).to(tl.float32)
     _wait(OVERLAP)
 
     q_at = qkv_ptr + (sequence * (num_heads + 2 * num_kv_heads) + head) * HEAD_DIM + half
-    new_at = qkv_ptr + (sequence * (num_heads + 2 * num_kv_heads) + num_heads + kv_head) * HEAD_DIM + half
-    q_low, q_high = tl.load(q_at, mask=inside, other=0.0), tl.load(q_at + HALF, mask=inside, other=0.0)
-    new_low, new_high = tl.load(new_at, mask=inside, other=0.0), tl.load(new_at + HALF, mask=inside, other=0.0)
-    new_at += num_kv_heads * HEAD_DIM
-    new_v_low = tl.load(new_at, mask=inside, other=0.0).to(v_cache_ptr.dtype.element_ty)
-    new_v_high = tl.load(new_at + HALF, mask=inside, other=0.0).to(v_cache_ptr.dtype.element_ty)
-    q_low, q_high = _rotated(q_low, q_high, q_low_scale * scale, q_high_scale * scale, cos, sin, eps, HEAD_DIM)
-    new_low, new_high = _rotated(new_low, new_high, k_low_scale, k_high_scale, cos, sin, eps, HEAD_DIM)
-    new_low, new_high = new_low.to(k_cache_ptr.dtype.element_ty), new_high.to(k_cache_ptr.dtype.element_ty)
+    k_at = q_at + (num_heads + kv_head - head) * HEAD_DIM
+    v_at = qkv_ptr + (sequence * (num_heads + 2 * num_kv_heads) + num_heads + num_kv_heads + kv_head) * HEAD_DIM + d
+    q_low, q_high = tl.load(q_at, mask=in_half, other=0.0), tl.load(q_at + HALF, mask=in_half, other=0.0)
+    k_low, k_high = tl.load(k_at, mask=in_half, other=0.0), tl.load(k_at + HALF, mask=in_half, other=0.0)
+    value = tl.load(v_at, mask=inside, other=0.0).to(dtype)
+    q_low, q_high = _rotated(q_low, q_high, q_low_scale, q_high_scale, cos, sin, eps, HEAD_DIM)
+    k_low, k_high = _rotated(k_low, k_high, k_low_scale, k_high_scale, cos, sin, eps, HEAD_DIM)
+    q_low, q_high, k_low, k_high = q_low.to(dtype), q_high.to(dtype), k_low.to(dtype), k_high.to(dtype)
     if head % (num_heads // num_kv_heads) == 0:
-        at = (line + position) * HEAD_DIM + half
-        tl.store(k_cache_ptr + at, new_low, mask=inside)
-        tl.store(k_cache_ptr + at + HALF, new_high, mask=inside)
-        tl.store(v_cache_ptr + at, new_v_low, mask=inside)
-        tl.store(v_cache_ptr + at + HALF, new_v_high, mask=inside)
+        new_ptr = k_cache_ptr + (line + position) * HEAD_DIM + half
+        tl.store(new_ptr, k_low, mask=in_half & (group == 0)[:, None])
+        tl.store(new_ptr + HALF, k_high, mask=in_half & (group == 0)[:, None])
+        tl.store(v_cache_ptr + (line + position) * HEAD_DIM + d, value, mask=inside)
+    q = _side_by_side(q_low, q_high)
 
-    # Each line has a softmax of its own, so that no thread waits for another before the last tile.
-    row_max = tl.full([LINES], LOWEST, tl.float32)  # scores in powers of two
-    row_sum = tl.zeros([LINES], tl.float32)
-    low = tl.zeros([LINES, BLOCK_D], tl.float32)
-    high = tl.zeros([LINES, BLOCK_D], tl.float32)
-    for start in range(0, position, KEYS * LINES):
-        s = tl.sum(
-            k_low.to(tl.float32) * q_low[None, None, :] + k_high.to(tl.float32) * q_high[None, None, :], axis=2
-        )
-        s = tl.where(start + key < position, s, float("-inf"))
-        low_values, high_values = v_low, v_high
-        k_at += KEYS * LINES * HEAD_DIM
-        v_at += KEYS * LINES * HEAD_DIM
-        mask = (start + KEYS * LINES + key < position)[:, :, None] & inside[None, None, :]
-        k_low, k_high = tl.load(k_at, mask=mask, other=0.0), tl.load(k_at + HALF, mask=mask, other=0.0)
-        v_low, v_high = tl.load(v_at, mask=mask, other=0.0), tl.load(v_at + HALF, mask=mask, other=0.0)
-        new_max = tl.maximum(row_max, tl.max(s, axis=0))
-        alpha, p = tl.exp2(row_max - new_max), tl.exp2(s - new_max[None, :])
-        row_sum = row_sum * alpha + tl.sum(p, axis=0)
-        low = low * alpha[:, None] + tl.sum(p[:, :, None] * low_values.to(tl.float32), axis=0)
-        high = high * alpha[:, None] + tl.sum(p[:, :, None] * high_values.to(tl.float32), axis=0)
-        row_max = new_max
+    # Each group has a softmax of its own, so that no warp waits for another before the last tile.
+    QUERIES: tl.constexpr = 1 if dtype == tl.float32 else 16
+    group_max = tl.full([GROUPS, QUERIES], LOWEST, tl.float32)
+    group_sum = tl.zeros([GROUPS, QUERIES], tl.float32)
+    acc = tl.zeros([GROUPS, QUERIES, 2 * BLOCK_H], tl.float32)
+    group_max, group_sum, acc = _with_tile(q, k, v, key < position, group_max, group_sum, acc)
+    for start in range(TILE, position, TILE):
+        seen = start + key < position
+        k = _keys_or_values(k_cache_ptr, at + start * HEAD_DIM, seen, inside)
+        v = _keys_or_values(v_cache_ptr, at + start * HEAD_DIM, seen, inside)
+        group_max, group_sum, acc = _with_tile(q, k, v, seen, group_max, group_sum, acc)
 
-    new_score = tl.sum(new_low.to(tl.float32) * q_low + new_high.to(tl.float32) * q_high, axis=0)
-    total_max = tl.maximum(tl.max(row_max, axis=0), new_score)
-    alpha, new_p = tl.exp2(row_max - total_max), tl.exp2(new_score - total_max)
-    # The sum of p takes part as a tile of its own: one reduction waits for the other threads once.
-    row_sum = tl.broadcast_to((row_sum * alpha)[:, None], [LINES, BLOCK_D])
-    low, high, total = tl.reduce((low * alpha[:, None], high * alpha[:, None], row_sum), 0, _add_up)
-    total += new_p
-    low = (low + new_v_low.to(tl.float32) * new_p) / total
-    high = (high + new_v_high.to(tl.float32) * new_p) / total
-    at = out_ptr + (sequence * num_heads + head) * HEAD_DIM + half
-    tl.store(at, low.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(at + HALF, high.to(out_ptr.dtype.element_ty), mask=inside)
+    # The 16 are alike: their sum is exact.
+    new_score = tl.max(tl.sum(k_low.to(tl.float32) * q_low + k_high.to(tl.float32) * q_high, axis=1), axis=0)
+    group_max, group_sum = tl.max(group_max, axis=1), tl.sum(group_sum, axis=1) * (1.0 / QUERIES)
+    old_max, old_sum = tl.reduce((group_max, group_sum), 0, _join)
+    total_max = tl.maximum(old_max, new_score)
+    new_p = tl.exp2(new_score - total_max)
+    inverse = 1.0 / (old_sum * tl.exp2(old_max - total_max) + new_p)
+    weight = tl.exp2(group_max - total_max) * (inverse / QUERIES)
+    out = tl.sum(tl.sum(acc, axis=1) * weight[:, None], axis=0) + value.to(tl.float32) * (new_p * inverse)
+    tl.store(out_ptr + (sequence * num_heads + head) * HEAD_DIM + d, out.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -458,7 +483,7 @@ def decode_step(
         _attend[(batch, num_heads)](
             projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, attended,
             capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, num_heads, num_kv_heads, HEAD_DIM=head_dim,
-            BLOCK_D=half, LINES=max(8, 1024 // half), KEYS=KEYS, num_warps=ATTEND_WARPS, **early,
+            BLOCK_H=max(8, half), GROUPS=ATTEND_WARPS, KEYS=KEYS[dtype], num_warps=ATTEND_WARPS, **early,
         )  # fmt: skip
         add(attended, o[layer], of_o, post_norm[layer])
         grid, options = product(2 * mlp_dim, dim)
