@@ -93,33 +93,37 @@ def _product(
     w,  # [ROWS, BLOCK_K]: the first columns of the weights' rows
     x,  # [BATCH, BLOCK_K]: the first columns of the sequences
     w_ptr,
-    w_scale_ptr,  # of int8 rows, or None
     n,  # the rows' numbers [ROWS]
     in_n,
     x_ptr,  # [batch, dim]
-    squares,  # of x before it was scaled [32, BATCH], to be added up, or None
     batch,
-    eps,
     dim: tl.constexpr,
     BATCH: tl.constexpr,  # sequences of a tile: 1, or 8 and more
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """[ROWS, BATCH], at least 8 columns: the weights' rows times x, or where there are squares, times its norm."""
+    """The weights' rows times x, in sums that are still to be added up: [SPLITS, ROWS, BATCH], at least 8 columns."""
     acc = tl.zeros([SPLITS, n.shape[0], BATCH if BATCH >= 8 else 8], tl.float32)
     for start in range(0, dim, BLOCK_K):
         acc += _multiply(w, x, SPLITS)
         w = _weights(w_ptr, n, in_n, start + BLOCK_K, dim, BLOCK_K, DTYPE)
         x = _vectors(x_ptr, batch, start + BLOCK_K, dim, BATCH, BLOCK_K)
-    if squares is not None:
-        factor = _factor(tl.sum(squares, axis=0), eps, dim)  # while the matrix units are busy
-        product = tl.sum(acc, axis=0) * factor[None, :]
+    return acc
+
+
+@triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _row_scale(w_scale_ptr, n, in_n):
+    """Of int8 rows, [ROWS, 1]; else 1."""
+    if w_scale_ptr is None:
+        return 1.0
     else:
-        product = tl.sum(acc, axis=0)
-    if w_scale_ptr is not None:
-        product *= tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[:, None]
-    return product
+        return tl.load(w_scale_ptr + n, mask=in_n, other=0.0)[:, None]
 
 
 @triton.jit
@@ -130,14 +134,19 @@ def _factor(squares, eps, dim: tl.constexpr):
 
 @triton.jit
 def _squares(squares_ptr, batch, dim: tl.constexpr, BATCH: tl.constexpr, SHARE: tl.constexpr):
-    """Sums of squares of the program's sequences, of which there is one for each SHARE numbers: [32, BATCH], to be
-    added up. 32, so that a warp has all of a sequence."""
-    rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    """Sums of squares of the program's sequences, of which there is one for each SHARE numbers: [32, BATCH], or of one
+    sequence [32], to be added up. 32, so that a warp has all of a sequence."""
     part = tl.arange(0, 32)
-    squares = tl.zeros([32, BATCH], tl.float64)
-    for first in tl.static_range(0, (dim + SHARE - 1) // SHARE, 32):
-        mask = ((first + part) * SHARE < dim)[:, None] & (rows < batch)[None, :]
-        squares += tl.load(squares_ptr + (first + part)[:, None] * batch + rows[None, :], mask=mask, other=0.0)
+    if BATCH == 1:
+        squares = tl.zeros([32], tl.float64)
+        for first in tl.static_range(0, (dim + SHARE - 1) // SHARE, 32):
+            squares += tl.load(squares_ptr + first + part, mask=(first + part) * SHARE < dim, other=0.0)
+    else:
+        rows = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+        squares = tl.zeros([32, BATCH], tl.float64)
+        for first in tl.static_range(0, (dim + SHARE - 1) // SHARE, 32):
+            mask = ((first + part) * SHARE < dim)[:, None] & (rows < batch)[None, :]
+            squares += tl.load(squares_ptr + (first + part)[:, None] * batch + rows[None, :], mask=mask, other=0.0)
     return squares
 
 
@@ -186,6 +195,7 @@ def _linear(
     size,
     eps,
     dim: tl.constexpr,
+    SHARE: tl.constexpr,  # numbers of x for each sum of squares
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -198,14 +208,14 @@ def _linear(
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = _sequences(BATCH)
     w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K, DTYPE)
+    w_scale = _row_scale(w_scale_ptr, n, n < size)
     _wait(OVERLAP)
+    squares = _squares(squares_ptr, batch, dim, BATCH, SHARE)  # on their way while x is
     x = _vectors(x_ptr, batch, 0, dim, BATCH, BLOCK_K)
-    squares = _squares(squares_ptr, batch, dim, BATCH, ROWS)
-    acc = _product(
-        w, x, w_ptr, w_scale_ptr, n, n < size, x_ptr, squares, batch, eps, dim, BATCH, BLOCK_K, SPLITS, DTYPE
-    )
+    acc = _product(w, x, w_ptr, n, n < size, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
+    factor = _factor(tl.sum(squares, axis=0), eps, dim)  # while the matrix units are busy
     mask = (n < size)[:, None] & (rows < batch)[None, :]
-    tl.store(out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], acc, mask=mask)
+    tl.store(out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], tl.sum(acc, axis=0) * factor * w_scale, mask=mask)
 
 
 @triton.jit
@@ -358,6 +368,7 @@ def _gate_up(
     mlp_dim,
     eps,
     dim: tl.constexpr,
+    SHARE: tl.constexpr,  # numbers of x for each sum of squares
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -366,20 +377,24 @@ def _gate_up(
     OVERLAP: tl.constexpr,
 ):
     _start_next(OVERLAP)
-    i = tl.arange(0, ROWS)
-    unit = tl.program_id(0) * (ROWS // 2) + i // 2
-    n, in_n = unit + i % 2 * mlp_dim, unit < mlp_dim  # a gate and its up by turns
+    unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = unit < mlp_dim
     rows = _sequences(BATCH)
-    w = _weights(w_ptr, n, in_n, 0, dim, BLOCK_K, DTYPE)
+    gate_w = _weights(w_ptr, unit, inside, 0, dim, BLOCK_K, DTYPE)
+    up_w = _weights(w_ptr, mlp_dim + unit, inside, 0, dim, BLOCK_K, DTYPE)
+    gate_scale = _row_scale(w_scale_ptr, unit, inside)
+    up_scale = _row_scale(w_scale_ptr, mlp_dim + unit, inside)
     _wait(OVERLAP)
+    squares = _squares(squares_ptr, batch, dim, BATCH, SHARE)  # on their way while x is
     x = _vectors(x_ptr, batch, 0, dim, BATCH, BLOCK_K)
-    squares = _squares(squares_ptr, batch, dim, BATCH, ROWS)
-    acc = _product(w, x, w_ptr, w_scale_ptr, n, in_n, x_ptr, squares, batch, eps, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
-    gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, acc.shape[1]]), (0, 2, 1)))
+    gate = _product(gate_w, x, w_ptr, unit, inside, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
+    up = _product(up_w, x, w_ptr, mlp_dim + unit, inside, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
+    factor = _factor(tl.sum(squares, axis=0), eps, dim)  # while the matrix units are busy
+    gate, up = tl.reduce((gate, up), 0, _add_both)  # together they wait once for the other warps
+    gate, up = gate * factor * gate_scale, up * factor * up_scale
     hidden = gate / (1.0 + tl.exp(-gate)) * up
-    unit = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
     at = hidden_ptr + rows[None, :] * mlp_dim + unit[:, None]
-    tl.store(at, hidden.to(hidden_ptr.dtype.element_ty), mask=(unit < mlp_dim)[:, None] & (rows < batch)[None, :])
+    tl.store(at, hidden.to(hidden_ptr.dtype.element_ty), mask=inside[:, None] & (rows < batch)[None, :])
 
 
 @triton.jit
@@ -407,11 +422,13 @@ def _add(
     rows = _sequences(BATCH)
     at, mask = rows[None, :] * size + n[:, None], (n < size)[:, None] & (rows < batch)[None, :]
     w = _weights(w_ptr, n, n < size, 0, dim, BLOCK_K, DTYPE)
+    w_scale = _row_scale(w_scale_ptr, n, n < size)
     scale = tl.load(norm_ptr + n, mask=n < size, other=0.0).to(tl.float32)
     _wait(OVERLAP)
     v = _vectors(v_ptr, batch, 0, dim, BATCH, BLOCK_K)
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
-    x += _product(w, v, w_ptr, w_scale_ptr, n, n < size, v_ptr, None, batch, 0.0, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
+    acc = _product(w, v, w_ptr, n, n < size, v_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
+    x += tl.sum(acc, axis=0) * w_scale
     tl.store(x_ptr + at, x, mask=mask)
     tl.store(scaled_ptr + at, (x * scale[:, None]).to(scaled_ptr.dtype.element_ty), mask=mask)
     x = tl.where(mask, x, 0.0).to(tl.float64)
@@ -467,7 +484,7 @@ def decode_step(
 
     def linear(w: Tensor, scale: Tensor | None, out: Tensor) -> None:
         grid, options = product(len(w), dim)
-        _linear[grid](scaled, squares, w, scale, out, batch, len(w), norm_eps, dim, **options)
+        _linear[grid](scaled, squares, w, scale, out, batch, len(w), norm_eps, dim, ROWS, **options)
 
     def add(v: Tensor, w: Tensor, scale: Tensor | None, next_norm: Tensor) -> None:
         grid, options = product(dim, v.shape[1])
@@ -486,9 +503,9 @@ def decode_step(
             BLOCK_H=max(8, half), GROUPS=ATTEND_WARPS, KEYS=KEYS[dtype], num_warps=ATTEND_WARPS, **early,
         )  # fmt: skip
         add(attended, o[layer], of_o, post_norm[layer])
-        grid, options = product(2 * mlp_dim, dim)
+        grid, options = product(mlp_dim, dim)
         _gate_up[grid](
-            scaled, squares, gate_up[layer], of_gate_up, hidden, batch, mlp_dim, norm_eps, dim, **options
+            scaled, squares, gate_up[layer], of_gate_up, hidden, batch, mlp_dim, norm_eps, dim, ROWS, **options
         )
         add(hidden, down[layer], of_down, input_norm[layer + 1] if layer + 1 < num_layers else final_norm)
     linear(embedding, None, logits)
