@@ -228,8 +228,8 @@ def _rotated(low, high, low_scale, high_scale, cos, sin, eps, HEAD_DIM: tl.const
 
 @triton.jit
 def _side_by_side(low, high):
-    """Halves [GROUPS, BLOCK_D / 2] as [GROUPS, 1, BLOCK_D]: each thread keeps what it has."""
-    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [low.shape[0], 1, 2 * low.shape[1]])
+    """Halves [GROUPS, BLOCK_D / 2] as [GROUPS, BLOCK_D]: each thread keeps what it has."""
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [low.shape[0], 2 * low.shape[1]])
 
 
 @triton.jit
@@ -242,21 +242,24 @@ def _keys_or_values(cache_ptr, at, seen, inside):
 def _with_tile(q, k, v, seen, group_max, group_sum, acc):
     """A softmax over scores in powers of two, which each group has by itself, with a tile of keys and values more.
 
-    q [GROUPS, 1, BLOCK_D]; k, v [GROUPS, KEYS, BLOCK_D]; seen [GROUPS, KEYS]; group_max, group_sum [GROUPS, QUERIES] and
-    acc [GROUPS, QUERIES, BLOCK_D] fp32. The matrix units take 16 queries: 16 times the same; fp32 goes without them."""
-    if k.dtype == tl.float32:
-        s = tl.sum(k * q, axis=2)[:, None, :]
+    q [GROUPS, BLOCK_D]; k, v [GROUPS, KEYS, BLOCK_D]; seen [GROUPS, KEYS]; group_max, group_sum [GROUPS] and acc
+    [GROUPS, BLOCK_D, QUERIES] fp32. The matrix units take 8 queries: 8 times the same; fp32 goes without them."""
+    QUERIES: tl.constexpr = acc.shape[2]
+    if QUERIES == 1:
+        s = tl.sum(k * q[:, None, :], axis=2)
     else:
-        s = tl.dot(tl.broadcast_to(q, [k.shape[0], 16, k.shape[2]]), tl.permute(k, (0, 2, 1)))
-    s = tl.where(seen[:, None, :], s, float("-inf"))
-    new_max = tl.maximum(group_max, tl.max(s, axis=2))
-    alpha, p = tl.exp2(group_max - new_max), tl.exp2(s - new_max[:, :, None])
-    group_sum = group_sum * alpha + tl.sum(p, axis=2)
-    if k.dtype == tl.float32:
-        new = tl.sum(tl.permute(p, (0, 2, 1)) * v, axis=1)[:, None, :]
+        q = tl.broadcast_to(q[:, :, None], [q.shape[0], q.shape[1], QUERIES])
+        s = tl.sum(tl.dot(k, q), axis=2)  # of numbers that are alike: exact
+    s = tl.where(seen, s, float("-inf"))
+    new_max = tl.maximum(group_max, tl.max(s, axis=1))
+    alpha, p = tl.exp2(group_max - new_max), tl.exp2(s - new_max[:, None])
+    group_sum = group_sum * alpha + tl.sum(p, axis=1)
+    if QUERIES == 1:
+        new = tl.sum(p[:, :, None] * v, axis=1)[:, :, None]
     else:
-        new = tl.dot(p.to(v.dtype), v)
-    return new_max, group_sum, acc * alpha[:, :, None] + new
+        p = tl.broadcast_to(p.to(v.dtype)[:, :, None], [p.shape[0], p.shape[1], QUERIES])
+        new = tl.dot(tl.permute(v, (0, 2, 1)), p)
+    return new_max, group_sum, acc * alpha[:, None, None] + new
 
 
 @triton.jit
@@ -325,19 +328,20 @@ def _attend(
     value = tl.load(v_at, mask=inside, other=0.0).to(dtype)
     q_low, q_high = _rotated(q_low, q_high, q_low_scale, q_high_scale, cos, sin, eps, HEAD_DIM)
     k_low, k_high = _rotated(k_low, k_high, k_low_scale, k_high_scale, cos, sin, eps, HEAD_DIM)
-    q_low, q_high, k_low, k_high = q_low.to(dtype), q_high.to(dtype), k_low.to(dtype), k_high.to(dtype)
+    q_low, q_high = q_low.to(dtype).to(tl.float32), q_high.to(dtype).to(tl.float32)  # as the other keys meet it
+    k_low, k_high = k_low.to(dtype), k_high.to(dtype)
     if head % (num_heads // num_kv_heads) == 0:
         new_ptr = k_cache_ptr + (line + position) * HEAD_DIM + half
         tl.store(new_ptr, k_low, mask=in_half & (group == 0)[:, None])
         tl.store(new_ptr + HALF, k_high, mask=in_half & (group == 0)[:, None])
         tl.store(v_cache_ptr + (line + position) * HEAD_DIM + d, value, mask=inside)
-    q = _side_by_side(q_low, q_high)
+    QUERIES: tl.constexpr = 1 if dtype == tl.float32 else 8
+    q = _side_by_side(q_low * (1.0 / QUERIES), q_high * (1.0 / QUERIES)).to(dtype)
 
     # Each group has a softmax of its own, so that no warp waits for another before the last tile.
-    QUERIES: tl.constexpr = 1 if dtype == tl.float32 else 16
-    group_max = tl.full([GROUPS, QUERIES], LOWEST, tl.float32)
-    group_sum = tl.zeros([GROUPS, QUERIES], tl.float32)
-    acc = tl.zeros([GROUPS, QUERIES, 2 * BLOCK_H], tl.float32)
+    group_max = tl.full([GROUPS], LOWEST, tl.float32)
+    group_sum = tl.zeros([GROUPS], tl.float32)
+    acc = tl.zeros([GROUPS, 2 * BLOCK_H, QUERIES], tl.float32)
     group_max, group_sum, acc = _with_tile(q, k, v, key < position, group_max, group_sum, acc)
     for start in range(TILE, position, TILE):
         seen = start + key < position
@@ -345,15 +349,13 @@ def _attend(
         v = _keys_or_values(v_cache_ptr, at + start * HEAD_DIM, seen, inside)
         group_max, group_sum, acc = _with_tile(q, k, v, seen, group_max, group_sum, acc)
 
-    # The 16 are alike: their sum is exact.
     new_score = tl.max(tl.sum(k_low.to(tl.float32) * q_low + k_high.to(tl.float32) * q_high, axis=1), axis=0)
-    group_max, group_sum = tl.max(group_max, axis=1), tl.sum(group_sum, axis=1) * (1.0 / QUERIES)
     old_max, old_sum = tl.reduce((group_max, group_sum), 0, _join)
     total_max = tl.maximum(old_max, new_score)
     new_p = tl.exp2(new_score - total_max)
     inverse = 1.0 / (old_sum * tl.exp2(old_max - total_max) + new_p)
     weight = tl.exp2(group_max - total_max) * (inverse / QUERIES)
-    out = tl.sum(tl.sum(acc, axis=1) * weight[:, None], axis=0) + value.to(tl.float32) * (new_p * inverse)
+    out = tl.sum(tl.sum(acc, axis=2) * weight[:, None], axis=0) + value.to(tl.float32) * (new_p * inverse)
     tl.store(out_ptr + (sequence * num_heads + head) * HEAD_DIM + d, out.to(dtype), mask=inside)
 
 
