@@ -349,13 +349,14 @@ def _attend(
         v = _keys_or_values(v_cache_ptr, at + start * HEAD_DIM, seen, inside)
         group_max, group_sum, acc = _with_tile(q, k, v, seen, group_max, group_sum, acc)
 
-    new_score = tl.max(tl.sum(k_low.to(tl.float32) * q_low + k_high.to(tl.float32) * q_high, axis=1), axis=0)
-    old_max, old_sum = tl.reduce((group_max, group_sum), 0, _join)
-    total_max = tl.maximum(old_max, new_score)
-    new_p = tl.exp2(new_score - total_max)
-    inverse = 1.0 / (old_sum * tl.exp2(old_max - total_max) + new_p)
-    weight = tl.exp2(group_max - total_max) * (inverse / QUERIES)
-    out = tl.sum(tl.sum(acc, axis=2) * weight[:, None], axis=0) + value.to(tl.float32) * (new_p * inverse)
+    # The first group takes the new key and value.
+    new_score = tl.sum(k_low.to(tl.float32) * q_low + k_high.to(tl.float32) * q_high, axis=1)
+    new_max = tl.maximum(group_max, new_score)
+    alpha, new_p = tl.exp2(group_max - new_max), tl.where(group == 0, tl.exp2(new_score - new_max), 0.0)
+    total_max, total = tl.reduce((new_max, group_sum * alpha + new_p), 0, _join)
+    weight = tl.exp2(new_max - total_max) / total
+    out = tl.sum(acc, axis=2) * (alpha * weight / QUERIES)[:, None]
+    out = tl.sum(out + value.to(tl.float32)[None, :] * (new_p * weight)[:, None], axis=0)
     tl.store(out_ptr + (sequence * num_heads + head) * HEAD_DIM + d, out.to(dtype), mask=inside)
 
 
