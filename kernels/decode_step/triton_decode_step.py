@@ -482,8 +482,7 @@ def decode_step(
         tile = _tile(batch, dtype)
         block_k = min(BLOCK_K[dtype], triton.next_power_of_2(max(columns, 64)))
         sizes = {"BATCH": tile, "ROWS": ROWS, "BLOCK_K": block_k, "SPLITS": max(1, block_k // SPLIT[dtype]), "DTYPE": PRODUCT[dtype]}
-        num_warps = 8 if block_k > 1024 else 4
-        return (triton.cdiv(rows, ROWS), triton.cdiv(batch, tile)), {**sizes, "num_warps": num_warps, **early}
+        return (triton.cdiv(rows, ROWS), triton.cdiv(batch, tile)), {**sizes, "num_warps": 4, **early}
 
     def linear(w: Tensor, scale: Tensor | None, out: Tensor) -> None:
         grid, options = product(len(w), dim)
