@@ -38,7 +38,7 @@ BLOCK_K = {torch.float32: 64, torch.bfloat16: 2048}  # columns of weights at a t
 # by keys at a time and warps, in us, at positions 0, 200 and 400 for one sequence, and at 200 for 8 and for 64: (64, 4)
 # 168 196 220, 238, 751; (128, 4) 173 194 214, 219, 766; (128, 8) 177 193 208, 221, 893; (256, 8) 179 195 209, 221, 916;
 # (64, 2) 168 214 250, 246, 763. Those of 128 need all registers there are.
-KEYS, ATTEND_WARPS = {torch.float32: 16, torch.bfloat16: 32}, 8
+KEYS, ATTEND_WARPS = {torch.float32: 8, torch.bfloat16: 32}, 4
 PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
 SPLIT = {torch.float32: 1 << 30, torch.bfloat16: 64}
 ROWS = 16  # of a product, a program
@@ -215,7 +215,9 @@ def _linear(
     acc = _product(w, x, w_ptr, n, n < size, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
     factor = _factor(tl.sum(squares, axis=0), eps, dim)  # while the matrix units are busy
     mask = (n < size)[:, None] & (rows < batch)[None, :]
-    tl.store(out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], tl.sum(acc, axis=0) * factor * w_scale, mask=mask)
+    tl.store(
+        out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], tl.sum(acc, axis=0) * factor * w_scale, mask=mask
+    )
 
 
 @triton.jit
@@ -233,9 +235,15 @@ def _side_by_side(low, high):
 
 
 @triton.jit
-def _keys_or_values(cache_ptr, at, seen, inside):
-    """[GROUPS, KEYS, BLOCK_D]"""
-    return tl.load(cache_ptr + at, mask=seen[:, :, None] & inside[None, None, :], other=0.0)
+def _keys_and_values(k_ptr, v_ptr, at, start, key, position, inside, TILE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Two tiles of keys and of values, from key number `start` on: each [GROUPS, KEYS, BLOCK_D]."""
+    seen_0 = (start + key < position)[:, :, None] & inside[None, None, :]
+    seen_1 = (start + TILE + key < position)[:, :, None] & inside[None, None, :]
+    at_0 = at + start * HEAD_DIM
+    at_1 = at_0 + TILE * HEAD_DIM
+    k_0, k_1 = tl.load(k_ptr + at_0, mask=seen_0, other=0.0), tl.load(k_ptr + at_1, mask=seen_1, other=0.0)
+    v_0, v_1 = tl.load(v_ptr + at_0, mask=seen_0, other=0.0), tl.load(v_ptr + at_1, mask=seen_1, other=0.0)
+    return k_0, v_0, k_1, v_1
 
 
 @triton.jit
@@ -310,8 +318,7 @@ def _attend(
     d = d // BLOCK_H * HALF + d % BLOCK_H
     key = group[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
     at = (line + key)[:, :, None] * HEAD_DIM + d[None, None, :]
-    k = _keys_or_values(k_cache_ptr, at, key < position, inside)
-    v = _keys_or_values(v_cache_ptr, at, key < position, inside)
+    k_0, v_0, k_1, v_1 = _keys_and_values(k_cache_ptr, v_cache_ptr, at, 0, key, position, inside, TILE, HEAD_DIM)
     cos = tl.load(cos_ptr + position * HALF + half, mask=in_half, other=0.0)
     sin = tl.load(sin_ptr + position * HALF + half, mask=in_half, other=0.0)
     q_low_scale = tl.load(q_norm_ptr + half, mask=in_half, other=0.0).to(tl.float32) * scale
@@ -342,12 +349,15 @@ def _attend(
     group_max = tl.full([GROUPS], LOWEST, tl.float32)
     group_sum = tl.zeros([GROUPS], tl.float32)
     acc = tl.zeros([GROUPS, 2 * BLOCK_H, QUERIES], tl.float32)
-    group_max, group_sum, acc = _with_tile(q, k, v, key < position, group_max, group_sum, acc)
-    for start in range(TILE, position, TILE):
-        seen = start + key < position
-        k = _keys_or_values(k_cache_ptr, at + start * HEAD_DIM, seen, inside)
-        v = _keys_or_values(v_cache_ptr, at + start * HEAD_DIM, seen, inside)
-        group_max, group_sum, acc = _with_tile(q, k, v, seen, group_max, group_sum, acc)
+    group_max, group_sum, acc = _with_tile(q, k_0, v_0, key < position, group_max, group_sum, acc)
+    if position > TILE:
+        group_max, group_sum, acc = _with_tile(q, k_1, v_1, TILE + key < position, group_max, group_sum, acc)
+    for start in range(2 * TILE, position, 2 * TILE):
+        k_0, v_0, k_1, v_1 = _keys_and_values(
+            k_cache_ptr, v_cache_ptr, at, start, key, position, inside, TILE, HEAD_DIM
+        )
+        group_max, group_sum, acc = _with_tile(q, k_0, v_0, start + key < position, group_max, group_sum, acc)
+        group_max, group_sum, acc = _with_tile(q, k_1, v_1, start + TILE + key < position, group_max, group_sum, acc)
 
     # The first group takes the new key and value.
     new_score = tl.sum(k_low.to(tl.float32) * q_low + k_high.to(tl.float32) * q_high, axis=1)
@@ -481,7 +491,13 @@ def decode_step(
         """The grid and the tile of a product with weights of this size."""
         tile = _tile(batch, dtype)
         block_k = min(BLOCK_K[dtype], triton.next_power_of_2(max(columns, 64)))
-        sizes = {"BATCH": tile, "ROWS": ROWS, "BLOCK_K": block_k, "SPLITS": max(1, block_k // SPLIT[dtype]), "DTYPE": PRODUCT[dtype]}
+        sizes = {
+            "BATCH": tile,
+            "ROWS": ROWS,
+            "BLOCK_K": block_k,
+            "SPLITS": max(1, block_k // SPLIT[dtype]),
+            "DTYPE": PRODUCT[dtype],
+        }
         return (triton.cdiv(rows, ROWS), triton.cdiv(batch, tile)), {**sizes, "num_warps": 4, **early}
 
     def linear(w: Tensor, scale: Tensor | None, out: Tensor) -> None:
