@@ -42,6 +42,7 @@ KEYS, ATTEND_WARPS = {torch.float32: 8, torch.bfloat16: 32}, 4
 PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
 SPLIT = {torch.float32: 1 << 30, torch.bfloat16: 64}
 ROWS = 16  # of a product, a program
+HIDDEN_UNITS = {torch.float32: 8, torch.bfloat16: 16}  # of a program, each of two rows
 LOWEST = tl.constexpr(-1e30)  # -inf less -inf is not a number
 
 
@@ -487,18 +488,18 @@ def decode_step(
     early = {"OVERLAP": overlap, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
     tiles, half = triton.next_power_of_2(len(squares)), triton.next_power_of_2(head_dim // 2)
 
-    def product(rows: int, columns: int) -> tuple[tuple[int, int], dict]:
+    def product(rows: int, columns: int, tile_rows: int = ROWS) -> tuple[tuple[int, int], dict]:
         """The grid and the tile of a product with weights of this size."""
         tile = _tile(batch, dtype)
         block_k = min(BLOCK_K[dtype], triton.next_power_of_2(max(columns, 64)))
         sizes = {
             "BATCH": tile,
-            "ROWS": ROWS,
+            "ROWS": tile_rows,
             "BLOCK_K": block_k,
             "SPLITS": max(1, block_k // SPLIT[dtype]),
             "DTYPE": PRODUCT[dtype],
         }
-        return (triton.cdiv(rows, ROWS), triton.cdiv(batch, tile)), {**sizes, "num_warps": 4, **early}
+        return (triton.cdiv(rows, tile_rows), triton.cdiv(batch, tile)), {**sizes, "num_warps": 4, **early}
 
     def linear(w: Tensor, scale: Tensor | None, out: Tensor) -> None:
         grid, options = product(len(w), dim)
@@ -521,7 +522,7 @@ def decode_step(
             BLOCK_H=max(8, half), GROUPS=ATTEND_WARPS, KEYS=KEYS[dtype], num_warps=ATTEND_WARPS, **early,
         )  # fmt: skip
         add(attended, o[layer], of_o, post_norm[layer])
-        grid, options = product(mlp_dim, dim)
+        grid, options = product(mlp_dim, dim, HIDDEN_UNITS[dtype])
         _gate_up[grid](
             scaled, squares, gate_up[layer], of_gate_up, hidden, batch, mlp_dim, norm_eps, dim, ROWS, **options
         )
