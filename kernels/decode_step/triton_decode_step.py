@@ -4,7 +4,7 @@
     linear      16 rows of W_qkv a program, times norm(x)
     attend      a (sequence, head) a program: q and k normalised and rotated; k, v into the cache; softmax over it
     add         16 numbers of x a program: x + W_o attended
-    gate_up     8 hidden units a program: both products with norm(x), silu(gate) * up
+    gate_up     16 hidden units a program: both products with norm(x), silu(gate) * up
     add         x + W_down hidden
     linear      16 logits a program: embedding norm(x)
 
@@ -19,9 +19,14 @@ matter; whoever multiplies adds these up.
 
 bf16 weights meet the sequences in the matrix units, rounded to bf16, in SPLITS sums that are added up at the end; fp32
 weights are multiplied without them and added up in a tree, which rounds less. (As `tl.dot` they would be a chain, and
-the compiler would hang each tile's chain onto the one before: model_dim additions in a row.) Neither depends on how
-many sequences a tile holds, and `attend` has one tile for any number of them: a sequence's logits do not depend on its
-neighbours. x and all sums are fp32.
+the compiler would hang each tile's chain onto the one before: model_dim additions in a row.) Keys and values meet a
+query likewise, a group of keys in each warp. Neither depends on how many sequences a tile holds, and `attend` has one
+tile for any number of them: a sequence's logits do not depend on its neighbours. x and all sums are fp32.
+
+What a step waits for is the way from one kernel to the next. On an H200, `small` at batch 1, clocks in the kernels show
+about 2.2 us from one product's end to the next one's: 0.6 until it is let go, 0.4 until it has x, 0.3 in the matrix
+units, 0.6 to the end of most programs and 0.3 more to that of the last; its weights have been there for 3 us and more.
+Where all layers' weights lie in L2, a step is only 3 % shorter.
 
 Knows torch and Triton; knows nothing of models beyond the layer that it computes.
 """
@@ -34,15 +39,18 @@ from torch import Tensor
 from kernels.launch import can_overlap
 
 BLOCK_K = {torch.float32: 64, torch.bfloat16: 2048}  # columns of weights at a time
-# Numbers of keys at a time, and warps, of `attend`. On an H200, the preset `small` in bf16 (head_dim 64), a step takes
-# by keys at a time and warps, in us, at positions 0, 200 and 400 for one sequence, and at 200 for 8 and for 64: (64, 4)
-# 168 196 220, 238, 751; (128, 4) 173 194 214, 219, 766; (128, 8) 177 193 208, 221, 893; (256, 8) 179 195 209, 221, 916;
-# (64, 2) 168 214 250, 246, 763. Those of 128 need all registers there are.
-KEYS, ATTEND_WARPS = {torch.float32: 8, torch.bfloat16: 32}, 4
-PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
-SPLIT = {torch.float32: 1 << 30, torch.bfloat16: 64}
+SPLIT = 64  # columns of a sum: four steps of the matrix units, each of which waits for the one before
 ROWS = 16  # of a product, a program
 HIDDEN_UNITS = {torch.float32: 8, torch.bfloat16: 16}  # of a program, each of two rows
+PRODUCT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # what is multiplied
+# More take longer to hand on what they have. A step of the preset `small` (H200, bf16, one sequence, position 200)
+# takes 231 us with eight for every product, 167 with eight for W_down alone, 161 with four.
+NUM_WARPS = 4
+# Numbers of the keys that a warp of `attend` takes at a time: it reads twice as many before its turn. H200, `small` in
+# bf16 (head_dim 64), a step in us at positions 0, 200, 300 and 400 for one sequence, and at 200 for 8 and for 64, by
+# warps and keys read early: 4, 128 155 178 200 219, 213 683; 4, 256 157 163 194 200, 195 672; 8, 256 161 161 185 187,
+# 198 707.
+KEY_NUMBERS = {torch.float32: 512, torch.bfloat16: 2048}
 LOWEST = tl.constexpr(-1e30)  # -inf less -inf is not a number
 
 
@@ -358,7 +366,9 @@ def _attend(
             k_cache_ptr, v_cache_ptr, at, start, key, position, inside, TILE, HEAD_DIM
         )
         group_max, group_sum, acc = _with_tile(q, k_0, v_0, start + key < position, group_max, group_sum, acc)
-        group_max, group_sum, acc = _with_tile(q, k_1, v_1, start + TILE + key < position, group_max, group_sum, acc)
+        if start + TILE < position:
+            seen = start + TILE + key < position
+            group_max, group_sum, acc = _with_tile(q, k_1, v_1, seen, group_max, group_sum, acc)
 
     # The first group takes the new key and value.
     new_score = tl.sum(k_low.to(tl.float32) * q_low + k_high.to(tl.float32) * q_high, axis=1)
@@ -401,8 +411,14 @@ def _gate_up(
     _wait(OVERLAP)
     squares = _squares(squares_ptr, batch, dim, BATCH, SHARE)  # on their way while x is
     x = _vectors(x_ptr, batch, 0, dim, BATCH, BLOCK_K)
-    gate = _product(gate_w, x, w_ptr, unit, inside, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
-    up = _product(up_w, x, w_ptr, mlp_dim + unit, inside, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
+    gate = tl.zeros([SPLITS, ROWS, BATCH if BATCH >= 8 else 8], tl.float32)
+    up = tl.zeros([SPLITS, ROWS, BATCH if BATCH >= 8 else 8], tl.float32)
+    for start in range(0, dim, BLOCK_K):
+        gate += _multiply(gate_w, x, SPLITS)
+        up += _multiply(up_w, x, SPLITS)
+        gate_w = _weights(w_ptr, unit, inside, start + BLOCK_K, dim, BLOCK_K, DTYPE)
+        up_w = _weights(w_ptr, mlp_dim + unit, inside, start + BLOCK_K, dim, BLOCK_K, DTYPE)
+        x = _vectors(x_ptr, batch, start + BLOCK_K, dim, BATCH, BLOCK_K)
     factor = _factor(tl.sum(squares, axis=0), eps, dim)  # while the matrix units are busy
     gate, up = tl.reduce((gate, up), 0, _add_both)  # together they wait once for the other warps
     gate, up = gate * factor * gate_scale, up * factor * up_scale
@@ -485,8 +501,9 @@ def decode_step(
     logits = embedding.new_empty((batch, vocab_size), dtype=torch.float32)
 
     overlap = can_overlap(embedding.device)
-    early = {"OVERLAP": overlap, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
-    tiles, half = triton.next_power_of_2(len(squares)), triton.next_power_of_2(head_dim // 2)
+    early = {"OVERLAP": overlap, "num_warps": NUM_WARPS, "num_stages": 1, **({"launch_pdl": True} if overlap else {})}
+    tiles, block_h = triton.next_power_of_2(len(squares)), max(8, triton.next_power_of_2(head_dim // 2))
+    keys = max(1 if dtype == torch.float32 else 16, KEY_NUMBERS[dtype] // (2 * block_h))  # the matrix units take 16
 
     def product(rows: int, columns: int, tile_rows: int = ROWS) -> tuple[tuple[int, int], dict]:
         """The grid and the tile of a product with weights of this size."""
@@ -496,10 +513,10 @@ def decode_step(
             "BATCH": tile,
             "ROWS": tile_rows,
             "BLOCK_K": block_k,
-            "SPLITS": max(1, block_k // SPLIT[dtype]),
+            "SPLITS": block_k // SPLIT,
             "DTYPE": PRODUCT[dtype],
         }
-        return (triton.cdiv(rows, tile_rows), triton.cdiv(batch, tile)), {**sizes, "num_warps": 4, **early}
+        return (triton.cdiv(rows, tile_rows), triton.cdiv(batch, tile)), {**sizes, **early}
 
     def linear(w: Tensor, scale: Tensor | None, out: Tensor) -> None:
         grid, options = product(len(w), dim)
@@ -509,9 +526,7 @@ def decode_step(
         grid, options = product(dim, v.shape[1])
         _add[grid](v, w, scale, x, next_norm, scaled, squares, batch, dim, v.shape[1], **options)
 
-    _embed[(batch,)](
-        token_ids, embedding, x, input_norm[0], scaled, squares, batch, dim, tiles, ROWS, num_warps=4, **early
-    )
+    _embed[(batch,)](token_ids, embedding, x, input_norm[0], scaled, squares, batch, dim, tiles, ROWS, **early)
     for layer in range(num_layers):
         scales = (scale if scale is None else scale[layer] for scale in (qkv_scale, o_scale, gate_up_scale, down_scale))
         of_qkv, of_o, of_gate_up, of_down = scales
@@ -519,7 +534,7 @@ def decode_step(
         _attend[(batch, num_heads)](
             projected, k_cache[layer], v_cache[layer], q_norm[layer], k_norm[layer], cos, sin, positions, attended,
             capacity, norm_eps, 1.4426950408889634 / head_dim**0.5, num_heads, num_kv_heads, HEAD_DIM=head_dim,
-            BLOCK_H=max(8, half), GROUPS=ATTEND_WARPS, KEYS=KEYS[dtype], num_warps=ATTEND_WARPS, **early,
+            BLOCK_H=block_h, GROUPS=NUM_WARPS, KEYS=keys, **early,
         )  # fmt: skip
         add(attended, o[layer], of_o, post_norm[layer])
         grid, options = product(mlp_dim, dim, HIDDEN_UNITS[dtype])

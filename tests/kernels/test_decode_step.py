@@ -12,6 +12,8 @@ SHAPES = [
     (1, 40, 6, 3, 20, 52, 301, 33),
     (3, 128, 4, 4, 32, 256, 375, 130),
     (2, 96, 3, 1, 64, 113, 257, 300),
+    (1, 160, 2, 1, 128, 96, 120, 150),
+    (1, 768, 12, 12, 64, 512, 300, 600),  # wider than Hopper's own kernels, and more keys than wait in registers
     (2, 128, 2, 1, 64, 192, 300, 300),  # this and the following ones: for Hopper's own kernels
     (1, 256, 4, 2, 64, 128, 130, 90),
     (2, 384, 6, 6, 64, 1024, 256, 700),
@@ -106,7 +108,7 @@ def check_against_the_definition(given, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "batch_sizes"),
-    [(SHAPES[2], (17,)), ((1, 384, 6, 6, 64, 128, 130, 300), (3, 17, 30, 60, 100))],  # more than any tile holds
+    [(SHAPES[2], (17,)), (SHAPES[5], (17,)), ((1, 384, 6, 6, 64, 128, 130, 300), (3, 17, 30, 60, 100))],
     ids=str,
 )
 def test_a_sequence_does_not_depend_on_its_batch(
