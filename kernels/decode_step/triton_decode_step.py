@@ -181,9 +181,9 @@ def _embed(
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILES * SHARE)
-    scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0).to(tl.float32)
     _wait(OVERLAP)  # before the next kernels start: they read keys that the step before has written
     _start_next(OVERLAP)
+    scale = tl.load(norm_ptr + columns, mask=columns < dim, other=0.0).to(tl.float32)
     token = tl.maximum(tl.load(token_ptr + row), 0)
     x = tl.load(embedding_ptr + token * dim + columns, mask=columns < dim, other=0.0).to(tl.float32)
     tl.store(x_ptr + row * dim + columns, x, mask=columns < dim)
@@ -224,9 +224,8 @@ def _linear(
     acc = _product(w, x, w_ptr, n, n < size, x_ptr, batch, dim, BATCH, BLOCK_K, SPLITS, DTYPE)
     factor = _factor(tl.sum(squares, axis=0), eps, dim)  # while the matrix units are busy
     mask = (n < size)[:, None] & (rows < batch)[None, :]
-    tl.store(
-        out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], tl.sum(acc, axis=0) * factor * w_scale, mask=mask
-    )
+    out = tl.sum(acc, axis=0) * factor * w_scale
+    tl.store(out_ptr + rows[None, :].to(tl.int64) * size + n[:, None], out, mask=mask)
 
 
 @triton.jit
