@@ -1,11 +1,13 @@
 """top_k on the GPU. The definition is reference.py's; triton_select.py says how selection works.
 
-    very short rows   one program sorts several whole rows in registers
+    rows up to 32     each thread sorts a row of its own in its registers, by a network of minima and maxima
+    rows up to 128    one program sorts several whole rows
     k up to 1024      of a long row, the maximum of each group of neighbours is found first, in parallel chunks; then
                       one program per row selects from the best groups (or from a whole short row) and sorts the best k
     larger k          one program per row writes its best k out in index order; torch sorts them
 
 A candidate is one 64-bit integer, the key of a value above the complement of its index: larger is better, no two equal.
+The keys of fp16 and bf16 leave room for a short row's index: there 32 bits hold both.
 
 Knows Triton; knows nothing of models. Arguments were checked in op.py.
 """
@@ -37,39 +39,105 @@ from kernels.top_k.triton_select import (
 from kernels.top_k.triton_top_p import load_block, rank_cut
 
 MAX_SORTED_WHOLE = 128  # longer rows are selected from first
-SORTED_PER_PROGRAM = 256  # elements
-SORTED_WARPS = 1
+SORTED_PER_PROGRAM, SORTED_WARPS = 256, 1  # elements
+PER_THREAD = tl.constexpr(32)  # elements of a row that one thread sorts
+LANES = tl.constexpr(32)  # rows that one warp sorts
+
+
+def merge_exchange(n: int) -> tuple[tuple[int, int], ...]:
+    """The exchanges of Batcher's odd-even merge sort of n, a power of two: pairs (i, j), the larger goes to i < j.
+
+    32 take 191 exchanges, of two instructions for 32-bit numbers; 185 is the best that is known.
+    """
+    pairs = []
+    for p in (1 << i for i in range(n.bit_length() - 1)):  # sorted runs of p become sorted runs of 2 p
+        for distance in (p >> i for i in range(p.bit_length())):
+            for i in range(distance % p, n - distance):
+                first_of_two = (i - distance % p) // distance % 2 == 0
+                if first_of_two and i // (2 * p) == (i + distance) // (2 * p):
+                    pairs.append((i, i + distance))
+    return tuple(pairs)
+
+
+EXCHANGES = tl.constexpr(merge_exchange(PER_THREAD.value))
+NUM_EXCHANGES = tl.constexpr(len(EXCHANGES.value))
+
+
+@triton.jit
+def _pack(x, index, BITS: tl.constexpr):
+    """Candidates, in 32 bits where a key has so few that the index, up to 2^(32 - BITS), fits beside it."""
+    key = ordered_key(x.to(tl.float32))
+    if BITS == 32:
+        return candidate(key, index)
+    else:
+        LOW: tl.constexpr = (1 << (32 - BITS)) - 1
+        return (key & (0xFFFFFFFF - LOW)) | (LOW - index).to(tl.uint32)
+
+
+@triton.jit
+def _store_sorted(values, indices, places, packed, wanted, BITS: tl.constexpr):
+    if BITS == 32:
+        key, index = key_and_index(packed)
+        value = value_of_key(key)
+    else:
+        LOW: tl.constexpr = (1 << (32 - BITS)) - 1
+        index = LOW - (packed & LOW).to(tl.int32)
+        value = (value_of_key(packed).to(tl.int32, bitcast=True) & (-1 - LOW)).to(tl.float32, bitcast=True)
+    tl.store(values + places, value.to(values.dtype.element_ty), mask=wanted)
+    tl.store(indices + places, index.to(tl.int64), mask=wanted)
+
+
+@triton.jit
+def _exchange(columns, I: tl.constexpr, J: tl.constexpr):
+    """Columns I < J of each row, the larger first."""
+    a, b = columns[I], columns[J]
+    larger = tl.maximum(a, b)
+    # The hardware has no minimum of 64-bit numbers: this is 6 instructions an exchange, where comparing again is 8.
+    smaller = a ^ b ^ larger if a.dtype == tl.int64 else tl.minimum(a, b)
+    return columns[:I] + (larger,) + columns[I + 1 : J] + (smaller,) + columns[J + 1 :]
+
+
+@triton.jit
+def _side_by_side(columns, FIRST: tl.constexpr, N: tl.constexpr):
+    """N of the columns, [LANES] each, as a tile [LANES, N]."""
+    if N == 1:
+        return tl.reshape(columns[FIRST], (LANES, 1))
+    else:
+        left, right = _side_by_side(columns, FIRST, N // 2), _side_by_side(columns, FIRST + N // 2, N // 2)
+        return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (LANES, N))
+
+
+@triton.jit
+def _top_k_lanes(x, values, indices, batch, n, row_stride, k, BITS: tl.constexpr):
+    """One program of one warp, LANES rows of up to PER_THREAD elements: a thread sorts a row, none waits for another.
+
+    A column is a tensor [LANES], of which each thread holds its row's element: so the layout is one row a thread. The
+    end of a short row is -inf, which stands behind what the row itself holds.
+    """
+    rows = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[:, None]
+    columns = ()
+    for first in tl.static_range(0, PER_THREAD, 4):  # 16 bytes of fp32 a load
+        index = first + tl.arange(0, 4)[None, :]
+        v = tl.load(x + rows * row_stride + index, mask=(rows < batch) & (index < n), other=float("-inf"))
+        even, odd = tl.split(tl.reshape(_pack(v, index, BITS), (LANES, 2, 2)))
+        columns = columns + tl.split(even) + tl.split(odd)  # in any order: an element knows its index
+    for number in tl.static_range(NUM_EXCHANGES):
+        columns = _exchange(columns, EXCHANGES[number][0], EXCHANGES[number][1])
+    ranks = tl.arange(0, PER_THREAD)[None, :]
+    best = _side_by_side(columns, 0, PER_THREAD)
+    _store_sorted(values, indices, rows * k + ranks, best, (rows < batch) & (ranks < k), BITS)
 
 
 @triton.jit
 def _top_k_short(
     x, values, indices, batch, n, row_stride, k, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program, ROWS rows of up to BLOCK elements, sorted whole.
-
-    What is sorted first is half a candidate: the upper bits of a key above the complement of its index, in 32 bits.
-    Should two different keys of some row agree in their upper bits and so have come out in the wrong order, which one
-    program in a hundred sees at 32 elements, whole candidates are sorted instead.
-    """
+    """One program, ROWS rows of up to BLOCK elements, sorted whole."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     index = tl.arange(0, BLOCK)[None, :]
-    inside = (rows < batch) & (index < n)
-    x += rows * row_stride
-    key = tl.where(inside, ordered_key(tl.load(x + index, mask=inside, other=0.0).to(tl.float32)), 0)  # [ROWS, BLOCK]
-    half = tl.sort((key & (0xFFFFFFFF - (BLOCK - 1))) | (BLOCK - 1 - index).to(tl.uint32), descending=True)
-    order = (BLOCK - 1) - (half & (BLOCK - 1)).to(tl.int32)
-    wanted = (rows < batch) & (index < k)
-    value = tl.load(x + order, mask=inside, other=float("-inf")) + 0.0  # those left out may be the better ones
-    if BITS == 32:
-        key_found = ordered_key(value)
-        one_before = tl.broadcast_to(tl.maximum(index - 1, 0), ROWS, BLOCK)
-        risen = key_found > tl.gather(key_found, one_before, 1)
-        if tl.max(tl.max(risen.to(tl.int32), axis=0), axis=0) > 0:
-            candidates = tl.sort(candidate(key, index), descending=True)
-            key, order = key_and_index(candidates)
-            value = value_of_key(key)
-    tl.store(values + rows * k + index, value.to(values.dtype.element_ty), mask=wanted)
-    tl.store(indices + rows * k + index, order.to(tl.int64), mask=wanted)
+    v = tl.load(x + rows * row_stride + index, mask=(rows < batch) & (index < n), other=float("-inf"))  # [ROWS, BLOCK]
+    best = tl.sort(_pack(v, index, BITS), descending=True)
+    _store_sorted(values, indices, rows * k + index, best, (rows < batch) & (index < k), BITS)
 
 
 @triton.jit
@@ -101,14 +169,7 @@ def _top_k_tile(
     tl.debug_barrier()  # other threads read what was written here
     ranks = tl.arange(0, K)
     best = tl.sort(tl.load(candidates + ranks, mask=ranks < k, other=-(2**63)), descending=True)
-    _store_sorted(values, indices, row * k + ranks, best, ranks < k)
-
-
-@triton.jit
-def _store_sorted(values, indices, places, candidates, wanted):
-    key, index = key_and_index(candidates)
-    tl.store(values + places, value_of_key(key).to(values.dtype.element_ty), mask=wanted)
-    tl.store(indices + places, index.to(tl.int64), mask=wanted)
+    _store_sorted(values, indices, row * k + ranks, best, ranks < k, 32)
 
 
 @triton.jit
@@ -133,11 +194,13 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if batch == 0:
         return values, indices
     with torch.cuda.device_of(x):
+        arguments = (x, values, indices, batch, n, x.stride(0), k)
+        if n <= PER_THREAD.value:
+            launch(_top_k_lanes, blocks(batch, LANES.value), arguments, {"BITS": key_bits(x.dtype)}, 1)
+            return values, indices
         if n <= MAX_SORTED_WHOLE:
-            block = max(16, power_of_2(n))
-            rows = max(1, SORTED_PER_PROGRAM // block)
-            arguments = (x, values, indices, batch, n, x.stride(0), k)
-            constants = {"BITS": key_bits(x.dtype), "ROWS": rows, "BLOCK": block}
+            rows = SORTED_PER_PROGRAM // power_of_2(n)
+            constants = {"BITS": key_bits(x.dtype), "ROWS": rows, "BLOCK": power_of_2(n)}
             launch(_top_k_short, blocks(batch, rows), arguments, constants, SORTED_WARPS)
             return values, indices
         candidates = x.new_empty((batch, k), dtype=torch.int64)

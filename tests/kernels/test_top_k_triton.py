@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux on x86-64 alone")
 
@@ -65,7 +66,9 @@ KERNELS = [
     (triton_top_p.weigh_groups, SAMPLE, {**LONG, "CUT": False}, 1),
     (triton_sample._draw_long, SAMPLE, {**LONG, "CUT": False}, 4),
     (triton_sample._draw_long, SAMPLE, {**LONG, "CUT": True, "TOP_P": False}, 4),
-    (triton_top_k._top_k_short, TOP_K, {"BITS": 32, "ROWS": 8, "BLOCK": 32}, triton_top_k.SORTED_WARPS),
+    (triton_top_k._top_k_lanes, TOP_K, {"BITS": 32}, 1),
+    (triton_top_k._top_k_lanes, {**TOP_K, "x": "*bf16", "values": "*bf16"}, {"BITS": 16}, 1),
+    (triton_top_k._top_k_short, TOP_K, {"BITS": 32, "ROWS": 4, "BLOCK": 64}, triton_top_k.SORTED_WARPS),
     (
         triton_top_k._top_k_tile,
         TOP_K,
@@ -93,6 +96,32 @@ def test_compiles_for_every_card(kernel, types, constants, warps, capability):
     assert f"sm_{capability}" in compiled.asm["ptx"]
     assert "fma.rn.f32" not in compiled.asm["ptx"]  # weights are rounded after every operation
     assert resources(compiled).spilled_bytes <= 16  # a frame for a call, but no register has to leave
+
+
+def test_exchanges_sort_whatever_they_are_given():
+    """A network that sorts all rows of zeros and ones sorts all rows: every such row of 16, a sample of those of 32."""
+    x = torch.arange(2**16)[:, None] >> torch.arange(16) & 1
+    assert_sorts(x, triton_top_k.merge_exchange(16))
+    assert_sorts(torch.rand(2**14, 32).round(), triton_top_k.EXCHANGES.value)
+    assert_sorts(torch.rand(2**14, 32).argsort(), triton_top_k.EXCHANGES.value)
+    assert len(triton_top_k.EXCHANGES.value) == 191
+
+
+def assert_sorts(x, exchanges):
+    expected = x.sort(dim=-1, descending=True).values
+    for i, j in exchanges:
+        x[:, [i, j]] = torch.stack((x[:, [i, j]].amax(-1), x[:, [i, j]].amin(-1)), -1)
+    assert torch.equal(x, expected)
+
+
+def test_a_thread_has_a_row_to_itself():
+    """On Hopper nothing of a row of 32 is exchanged between threads before it is sorted, and no register spilled."""
+    for type, bits in (("fp32", 32), ("bf16", 16)):
+        types = {**TOP_K, "x": f"*{type}", "values": f"*{type}"}
+        signature = {name: types[name] for name in triton_top_k._top_k_lanes.arg_names if name != "BITS"}
+        compiled = compile_kernel(triton_top_k._top_k_lanes, signature, {"BITS": bits}, capability=90, num_warps=1)
+        assert "shfl" not in compiled.asm["ptx"]
+        assert resources(compiled).spilled_bytes == 0
 
 
 def test_interpreted_kernels_agree_with_the_reference():
