@@ -116,10 +116,12 @@ def assert_sorts(x, exchanges):
 
 def test_a_thread_has_a_row_to_itself():
     """On Hopper nothing of a row of 32 is exchanged between threads before it is sorted, and no register spilled."""
+    kernel = triton_top_k._top_k_lanes
+    aligned = [kernel.arg_names.index(name) for name in ("x", "values", "indices", "n", "row_stride", "k")]
     for type, bits in (("fp32", 32), ("bf16", 16)):
         types = {**TOP_K, "x": f"*{type}", "values": f"*{type}"}
-        signature = {name: types[name] for name in triton_top_k._top_k_lanes.arg_names if name != "BITS"}
-        compiled = compile_kernel(triton_top_k._top_k_lanes, signature, {"BITS": bits}, capability=90, num_warps=1)
+        signature = {name: types[name] for name in kernel.arg_names if name != "BITS"}
+        compiled = compile_kernel(kernel, signature, {"BITS": bits}, capability=90, aligned=aligned, num_warps=1)
         assert "shfl" not in compiled.asm["ptx"]
         assert resources(compiled).spilled_bytes == 0
 
