@@ -12,6 +12,7 @@ Knows Triton; knows nothing of models. Arguments were checked in op.py.
 # ruff: noqa: SIM102  an outer `if` on a constant is decided by the compiler, the inner one by the row
 
 import dataclasses
+from typing import Any
 
 import torch
 import triton
@@ -52,6 +53,9 @@ from kernels.top_k.triton_select import (
 )
 from kernels.top_k.triton_top_p import (
     EVERY_TOKEN,
+    LARGEST,
+    add_two,
+    bracket_of_cut,
     cut_in_list,
     cut_in_row,
     find_bracket,
@@ -60,8 +64,10 @@ from kernels.top_k.triton_top_p import (
     load_bracket,
     narrow_by_list,
     rank_cut,
+    read_row,
     row_maximum,
     search_row,
+    weigh,
     weigh_groups,
 )
 
@@ -69,7 +75,8 @@ GROUP = 512  # tokens whose weights are added up; at most, as two groups are bit
 WEIGH_GROUPS = 4
 SAMPLE_PART, MAX_SAMPLE = 16, 8192  # a bracket is found from one token in so many
 LIST_PART, MAX_LIST = 4, 2**16  # one token in so many may be within it: there is room for them
-LIST_BLOCKS, MOST_SORTED = 32, 256  # blocks in which a full list is read; tokens left of it in the end
+MOST_SORTED = 256  # tokens of the list that are left in the end
+ALONE_FROM, ALONE_WARPS, DRAW_WARPS = 64, 8, 4
 DRAW_REGISTERS = 64  # a thread, at most, so that the programs of 1024 rows are at work at once
 PER_SAMPLE_WARP, PER_GROUPS_WARP = 1024, 1024  # elements that a warp holds: few wait for many
 
@@ -233,55 +240,76 @@ def _find_cut(
     tl.store(cuts + row * 2 + 1, last)
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "step"])
+@triton.jit(do_not_specialize=["top_k", "seed", "step"], do_not_specialize_on_alignment=["logits"])
 def _draw_long(
     logits, token_ids, logprobs, batch, vocab_size, row_stride,
     temperature, top_k, top_p, min_p, seed, step,
     temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride,
     group_keys, partials, brackets, counts, listed, group_sums, num_chunks, num_groups,
     PER_ROW: tl.constexpr, CUT: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, LOGPROBS: tl.constexpr,
-    LIST: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    ALONE: tl.constexpr, SAMPLE: tl.constexpr,
+    LIST: tl.constexpr, LIST_ROOM: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row: the cut, the group into which the random number falls, then the token in it."""
+    """One program, one row: the cut, the group into which the random number falls, then the token in it.
+
+    ALONE: the program does before what otherwise several do in three launches.
+    """
     row = tl.program_id(0).to(tl.int64)
     allowed, greedy, temperature, _, p, least_weight, seed, step = _row_parameters(
         row, vocab_size, temperature, top_k, top_p, min_p, seed, step,
         temperature_stride, top_k_stride, top_p_stride, min_p_stride, seed_stride, step_stride, PER_ROW,
     )  # fmt: skip
-    finite, max_key, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
-    good = allowed & finite
     logits += row * row_stride
     rate = rate_of(temperature)
+    p = tl.where(greedy, 0.0, p)
+    own = group_sums + row * num_groups
+    if TOP_P:
+        listed += row * LIST_ROOM
+        counts += row * 4
+    if ALONE:
+        row_max, total_exp, mass = read_row(logits, vocab_size, rate, LOGPROBS, TOP_P, WARPS, GROUP)
+        finite = (row_max > float("-inf")) & (row_max < float("inf"))
+        row_max = tl.where(finite, row_max, LARGEST)
+        max_key = ordered_key(row_max)
+        low, high = max_key, max_key
+        if TOP_P:
+            low, high = bracket_of_cut(logits, vocab_size, row_max, rate, p, mass, SAMPLE)
+        number, everything, above = weigh(
+            logits, own, listed, counts, 0, tl.cdiv(num_groups, WARPS), vocab_size, num_groups,
+            row_max, rate, low, high, least_weight, CUT, TOP_P, MIN_P, LIST, True, WARPS, GROUP,
+        )  # fmt: skip
+        everything, above = tl.reduce((everything, above), 0, add_two)
+        tl.debug_barrier()  # other threads read what was written here
+    else:
+        finite, max_key, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
+        if CUT | TOP_P:
+            low, high = load_bracket(brackets, row)
+        if TOP_P:
+            number = tl.load(counts).to(tl.int32)
+            everything, above = tl.load(counts + 1), tl.load(counts + 2)
+    good = allowed & finite
     cut = tl.full((), 0, tl.uint32)
     last = tl.full((), EVERY_TOKEN, tl.int32)
-    own = group_sums + row * num_groups
-    groups = tl.arange(0, NUM_GROUPS)
-    there = groups < num_groups
     if CUT:
-        cut, last = load_bracket(brackets, row)
-        last = last.to(tl.int32)
+        cut, last = low, high.to(tl.int32)
     if TOP_P:
-        if good & (greedy | (p < 1.0)):
-            count, everything = tl.load(counts + row * 2).to(tl.int32), tl.load(counts + row * 2 + 1)
-            above = tl.sum(tl.load(own + (batch * num_groups if MIN_P else 0) + groups, mask=there, other=0))
-            target = tl.maximum(share(everything, tl.where(greedy, 0.0, p)), 1)
-            low, high = load_bracket(brackets, row)
+        if good & (p < 1.0):
+            target = tl.maximum(share(everything, p), 1)
             high = tl.minimum(high, max_key)
-            listed += row * (LIST + 2 * GROUP)
-            number = count * 0
-            if (count <= LIST) & (above < target):
-                low, high, more, number = narrow_by_list(
-                    listed, count, row_max, rate, target - above, low, high, BLOCK, MOST
+            between = number * 0
+            if (number <= LIST) & (above < target):
+                low, high, more, between = narrow_by_list(
+                    listed, number, row_max, rate, target - above, low, high, BLOCK, MOST
                 )
                 above += more
-            found = number < 0
-            if (number > 0) & (number <= MOST):
+            found = between < 0
+            if (between > 0) & (between <= MOST):
                 cut, last, found = cut_in_list(
-                    listed, own, count, row_max, rate, target - above, low, high, least_weight, BLOCK, GROUP, LIST, MOST
+                    listed, own, number, row_max, rate, target - above, low, high, least_weight, BLOCK, GROUP, LIST, MOST
                 )
             if found == 0:
-                if number <= MOST:  # not one value with many ties: no bracket, or too many tokens within it
+                if between <= MOST:  # not one value with many ties: no bracket, or too many tokens within it
                     low, high, above = tl.full((), 1, tl.uint32), max_key, target * 0
                 cut, last = cut_in_row(
                     logits, own, vocab_size, num_groups, row_max, rate, target, low, high, everything, above,
@@ -290,6 +318,8 @@ def _draw_long(
             tl.debug_barrier()  # the sums are read by other threads than have changed them
 
     # The group in whose share of the running total, in order, the random number falls.
+    groups = tl.arange(0, NUM_GROUPS)
+    there = groups < num_groups
     sums = tl.load(own + groups, mask=there, other=0, cache_modifier=".cg")  # [NUM_GROUPS]
     total = tl.sum(sums)
     left = random_below(total, seed, step)
@@ -305,7 +335,10 @@ def _draw_long(
     processed = 0.0
     if LOGPROBS:
         z_token = tl.max(tl.where(tokens == token, tl.minimum(x - row_max, 0.0), float("-inf")))
-        raw = z_token - log_sum_exp(partials, row, num_chunks, row_max, NUM_CHUNKS)
+        if ALONE:
+            raw = z_token - tl.log2(total_exp) * LN_2
+        else:
+            raw = z_token - log_sum_exp(partials, row, num_chunks, row_max, NUM_CHUNKS)
         processed = _processed_logprob(z_token, total, temperature, greedy)
     _store_answer(token_ids, logprobs, row, batch, good, token, raw, processed, LOGPROBS)
 
@@ -425,32 +458,66 @@ def _group_by_group(job: _Job) -> None:
     batch, vocab_size = logits.shape
     cut_by_rank = job.most_kept >= 0
     cut_by_mass = (job.may_drop_by_rank or job.may_drop_by_mass) and not cut_by_rank
+    alone = batch >= ALONE_FROM and not cut_by_rank
+    warps = ALONE_WARPS if alone else DRAW_WARPS
     num_groups = blocks(vocab_size, GROUP)
     list_length = min(power_of_2(vocab_size) // LIST_PART, MAX_LIST)
-    sample = max(1, min(power_of_2(vocab_size) // SAMPLE_PART, MAX_SAMPLE))
+    constants: dict[str, Any] = {
+        **job.constants(),
+        "CUT": cut_by_rank,
+        "TOP_P": cut_by_mass,
+        "MIN_P": job.may_drop_light,
+        "LOGPROBS": job.logprobs,
+        "ALONE": alone,
+        "SAMPLE": max(1, min(power_of_2(vocab_size) // SAMPLE_PART, MAX_SAMPLE)),
+        "LIST": list_length,
+        "LIST_ROOM": list_length + MOST_SORTED,
+        "BLOCK": 64 * warps,
+        "MOST": MOST_SORTED,
+        "NUM_GROUPS": power_of_2(num_groups),
+        "GROUP": GROUP,
+        "GROUPS": WEIGH_GROUPS,
+        "WARPS": warps,
+    }
+    counts = logits.new_empty((batch, 4), dtype=torch.int64) if cut_by_mass else None
+    listed = logits.new_empty((batch, constants["LIST_ROOM"]), dtype=torch.int64) if cut_by_mass else None
+    group_sums = logits.new_empty((batch, num_groups), dtype=torch.int64)
+    group_keys = partials = brackets = None
+    num_chunks = 0
+    if not alone:
+        group_keys, partials, brackets, num_chunks = _in_chunks(job, counts, listed, group_sums, constants)
+    scratch = (group_keys, partials, brackets, counts, listed, group_sums, num_chunks, num_groups)
+    constants = _those_of(_draw_long, {**constants, "NUM_CHUNKS": power_of_2(num_chunks)})
+    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, warps, DRAW_REGISTERS)
+
+
+def _in_chunks(
+    job: _Job, counts: Tensor | None, listed: Tensor | None, group_sums: Tensor, constants: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, Tensor, int]:
+    """What comes before `_draw_long` where a row is for several programs: chunks' keys, partials, brackets, chunks."""
+    logits = job.logits
+    batch, vocab_size = logits.shape
+    num_groups = group_sums.shape[1]
     temperature, _, top_p, min_p, _, _, temperature_stride, _, top_p_stride, min_p_stride, _, _ = job.parameters
-    mass_at = (temperature, temperature_stride, job.per_row) if cut_by_mass else None
+    mass_at = (temperature, temperature_stride, job.per_row) if constants["TOP_P"] else None
     group_keys, partials, masses, _, num_chunks = launch_group_maxima(logits, CHUNK, job.logprobs, mass_at)
     brackets = logits.new_empty((batch, 2), dtype=torch.int32)
-    counts = logits.new_empty((batch, 2), dtype=torch.int64) if cut_by_mass else None
-    listed = logits.new_empty((batch, list_length + 2 * GROUP), dtype=torch.int64) if cut_by_mass else None
-    group_sums = logits.new_empty((2 if cut_by_mass else 1, batch, num_groups), dtype=torch.int64)
-    common = {"PER_ROW": job.per_row, "NUM_CHUNKS": power_of_2(num_chunks)}
-    filters = {"CUT": cut_by_rank, "TOP_P": cut_by_mass, "MIN_P": job.may_drop_light, "LIST": list_length}
-    if cut_by_rank:
+    constants = {**constants, "NUM_CHUNKS": power_of_2(num_chunks)}
+    if constants["CUT"]:
         arguments: tuple = (*job.row_arguments(), group_keys, brackets, num_chunks)
-        launch(_find_cut, batch, arguments, {**common, "BLOCK": CHUNK}, CHUNK_WARPS)
-    if cut_by_mass:
+        launch(_find_cut, batch, arguments, _those_of(_find_cut, {**constants, "BLOCK": CHUNK}), CHUNK_WARPS)
+    if constants["TOP_P"]:
         arguments = (logits, group_keys, masses, brackets, counts, vocab_size, logits.stride(0), num_chunks)
         arguments += (temperature, top_p, temperature_stride, top_p_stride)
-        launch(find_bracket, batch, arguments, {**common, "SAMPLE": sample}, blocks(sample, PER_SAMPLE_WARP))
+        warps = blocks(constants["SAMPLE"], PER_SAMPLE_WARP)
+        launch(find_bracket, batch, arguments, _those_of(find_bracket, constants), warps)
     arguments = (logits, group_keys, brackets, counts, listed, group_sums, batch, vocab_size, logits.stride(0))
     arguments += (num_chunks, num_groups, temperature, min_p, temperature_stride, min_p_stride)
-    constants = {**common, **filters, "GROUPS": WEIGH_GROUPS, "GROUP": GROUP}
-    launch(weigh_groups, batch * blocks(num_groups, WEIGH_GROUPS), arguments, constants, 1)
-    scratch = (group_keys, partials, brackets, counts, listed, group_sums, num_chunks, num_groups)
-    constants = {**common, **filters, "LOGPROBS": job.logprobs, "NUM_GROUPS": power_of_2(num_groups), "GROUP": GROUP}
-    block = min(max(256, list_length // LIST_BLOCKS), 1024)
-    constants |= {"BLOCK": block, "MOST": min(MOST_SORTED, GROUP)}
-    warps = max(4, block // 128) if cut_by_mass else 4
-    launch(_draw_long, batch, (*job.row_arguments(with_outputs=True), *scratch), constants, warps, DRAW_REGISTERS)
+    programs = batch * blocks(num_groups, WEIGH_GROUPS)
+    launch(weigh_groups, programs, arguments, _those_of(weigh_groups, constants), 1)
+    return group_keys, partials, brackets, num_chunks
+
+
+def _those_of(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """The constants that a kernel has, in its order."""
+    return {name: constants[name] for name in kernel.arg_names if name in constants}

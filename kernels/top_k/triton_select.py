@@ -203,7 +203,7 @@ def random_below(total, seed, step):
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -223,7 +223,7 @@ def group_maxima(
     groups = tl.arange(0, CHUNK // GROUP)
     index = chunk * CHUNK + groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [CHUNK / GROUP, GROUP]
     v = tl.load(x + row * row_stride + index, mask=index < n, other=float("-inf")).to(tl.float32)
-    key = ordered_key(tl.reduce(v, 1, _larger))  # [CHUNK / GROUP]
+    key = ordered_key(tl.reduce(v, 1, larger))  # [CHUNK / GROUP]
     groups += chunk * (CHUNK // GROUP)
     tl.store(group_keys + row * num_groups + groups, key.to(tl.int32, bitcast=True), mask=groups < num_groups)
     if SUM_EXP or MASS:

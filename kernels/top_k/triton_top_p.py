@@ -20,10 +20,12 @@ import triton.language as tl
 from kernels.top_k.triton_select import (
     FINITE_KEYS_FROM,
     INFINITY_KEY,
+    LOG2_E,
     WEIGHT_ONE,
     candidate,
     integer_weight,
     key_and_index,
+    larger,
     ordered_key,
     parameter,
     rate_of,
@@ -144,11 +146,39 @@ def rank_cut(logits, vocab_size, k, max_key, BLOCK: tl.constexpr):
     return search_row(logits, vocab_size, 0.0, 1.0, cut, last, k, low, max_key, reached, above, False, BLOCK)
 
 
+# ---- the first read, by one program ----
+
+
+@triton.jit
+def read_row(
+    logits, vocab_size, rate, SUM_EXP: tl.constexpr, MASS: tl.constexpr, WARPS: tl.constexpr, GROUP: tl.constexpr
+):
+    """(largest, total, mass): a row's largest logit, NaN if any is NaN, and the sums of exp(x - largest) and
+    exp((x - largest) / temperature)."""
+    columns = tl.arange(0, 32 * WARPS)
+    place = (columns // 32 * GROUP + columns % 32)[None, :]
+    runs = tl.arange(0, GROUP // 32)[:, None]
+    largest = tl.full((32 * WARPS,), float("-inf"), tl.float32)  # of what a thread has read, and its sums
+    total, mass = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
+    for tile in range(tl.cdiv(vocab_size, WARPS * GROUP)):
+        _, x = _load_tile(logits, place, runs, WARPS * GROUP, tile, vocab_size)  # [GROUP / 32, 32 WARPS]
+        before, largest = largest, larger(largest, tl.reduce(x, 0, larger))
+        base = tl.where(largest == float("-inf"), 0.0, largest)  # -inf - -inf is not a number
+        if SUM_EXP:
+            total = total * tl.exp2((before - base) * LOG2_E) + tl.sum(tl.exp2((x - base[None, :]) * LOG2_E), axis=0)
+        if MASS:
+            mass = mass * tl.exp2((before - base) * rate) + tl.sum(tl.exp2((x - base[None, :]) * rate), axis=0)
+    row_max = tl.reduce(largest, 0, larger)
+    below = largest - tl.where(row_max == float("-inf"), 0.0, row_max)
+    total, mass = tl.reduce((total * tl.exp2(below * LOG2_E), mass * tl.exp2(below * rate)), 0, add_two)
+    return row_max, total, mass
+
+
 # ---- the bracket ----
 
 
 @triton.jit
-def _add_two(a0, a1, b0, b1):
+def add_two(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
 
 
@@ -170,9 +200,9 @@ def _narrow(
     weight = tl.where(inside, tl.exp2(tl.minimum(edge + 0.5 * width, 0.0)), 0.0)
     bin = tl.minimum(tl.maximum((y - low) * (1.0 / width) + 1.0, 0.0), BINS - 1.0).to(tl.int32)  # [SAMPLE]
     own = tl.histogram(bin, BINS).to(tl.float32) * weight
-    below, below_square = tl.associative_scan((own, own * weight), 0, _add_two)
+    below, below_square = tl.associative_scan((own, own * weight), 0, add_two)
     if mass is None:
-        mass, squares = tl.reduce((own, own * weight), 0, _add_two)
+        mass, squares = tl.reduce((own, own * weight), 0, add_two)
     below, below_square = mass_below + below - own, square_below + below_square - own * weight
     above, above_square = mass - below, squares - below_square
     off_below = DEVIATIONS * tl.sqrt(tl.maximum(below_square - below * below / SAMPLE, 0.0) * unseen_part)
@@ -185,42 +215,25 @@ def _narrow(
     highest = tl.maximum(highest, lowest)
     at_low = bins == lowest
     mass_below, square_below = tl.reduce(
-        (tl.where(at_low, below, 0.0), tl.where(at_low, below_square, 0.0)), 0, _add_two
+        (tl.where(at_low, below, 0.0), tl.where(at_low, below_square, 0.0)), 0, add_two
     )
     high = tl.where(highest == BINS - 1, high, low + (highest - 1) * width)
     return low + (lowest - 1) * width, high, mass_below, square_below, mass, squares, width
 
 
 @triton.jit
-def find_bracket(
-    logits, group_keys, masses, brackets, counts, vocab_size, row_stride, num_chunks,
-    temperature, top_p, temperature_stride, top_p_stride,
-    PER_ROW: tl.constexpr, NUM_CHUNKS: tl.constexpr, SAMPLE: tl.constexpr,
-):  # fmt: skip
-    """One program, one row: brackets (batch, 2), the lowest and the highest key within; sets counts (batch, 2) to 0.
+def bracket_of_cut(logits, vocab_size, row_max, rate, p, mass, SAMPLE: tl.constexpr):
+    """The lowest and the highest key between which the cut of a row lies, whose mass is known: no sample may hold its
+    largest.
 
     With F and Q the sums of w and w^2 over the n sampled tokens below a value, the mass below it in the whole row is
     taken to lie within F +- DEVIATIONS sqrt(Q - F^2 / n); the mass above likewise. A value of which one of the two says
     that the cut lies above it, or below, bounds the bracket. The values tried are the edges of the bins of a histogram.
-    The row's whole mass is known: no sample may hold its largest.
     """
-    row = tl.program_id(0).to(tl.int64)
-    temperature = parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32)
-    p = parameter(top_p, row, top_p_stride, PER_ROW & 4, tl.float32)
-    p = tl.where(temperature == 0.0, 0.0, p)  # greedy
-    rate = rate_of(temperature)
-    good, _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
-
     places = tl.arange(0, SAMPLE)
     tokens = places // RUN * (vocab_size // (SAMPLE // RUN)) // RUN * RUN + places % RUN
-    x = tl.load(logits + row * row_stride + tokens).to(tl.float32)  # [SAMPLE]
-
-    chunks = tl.arange(0, NUM_CHUNKS)
-    inside = (chunks < num_chunks) & good
-    keys = tl.load(group_keys + row * num_chunks + chunks, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    mass = tl.load(masses + row * num_chunks + chunks, mask=inside, other=0.0)
-    offset = tl.where(keys >= FINITE_KEYS_FROM, tl.minimum(value_of_key(keys) - row_max, 0.0), float("-inf"))
-    total = tl.sum(mass * tl.exp2(offset * rate)) * SAMPLE / vocab_size  # in units of the sample's
+    x = tl.load(logits + tokens).to(tl.float32)  # [SAMPLE]
+    total = mass * SAMPLE / vocab_size  # in units of the sample's
     wanted_below, wanted_above = total * (1.0 - p), total * p
 
     # y is the logarithm to base 2 of a token's weight over the likeliest one's; a NaN, of a row without answer, is -64.
@@ -236,9 +249,32 @@ def find_bracket(
     low = tl.where(low == least, float("-inf"), row_max + (low - 0.5 * width) / rate)
     high = tl.where(high == most, row_max, row_max + tl.minimum(high + 0.5 * width, 0.0) / rate)
     high = tl.where(p < 1.0, high, float("-inf"))
-    tl.store(brackets + row * 2, tl.maximum(ordered_key(low), FINITE_KEYS_FROM).to(tl.int32, bitcast=True))
-    tl.store(brackets + row * 2 + 1, tl.minimum(ordered_key(high), INFINITY_KEY - 1).to(tl.int32, bitcast=True))
-    tl.store(counts + row * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int64))
+    return tl.maximum(ordered_key(low), FINITE_KEYS_FROM), tl.minimum(ordered_key(high), INFINITY_KEY - 1)
+
+
+@triton.jit
+def find_bracket(
+    logits, group_keys, masses, brackets, counts, vocab_size, row_stride, num_chunks,
+    temperature, top_p, temperature_stride, top_p_stride,
+    PER_ROW: tl.constexpr, NUM_CHUNKS: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """One program, one row: brackets (batch, 2), the lowest and the highest key within; sets counts (batch, 4) to 0."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32)
+    p = parameter(top_p, row, top_p_stride, PER_ROW & 4, tl.float32)
+    p = tl.where(temperature == 0.0, 0.0, p)  # greedy
+    rate = rate_of(temperature)
+    good, _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
+    chunks = tl.arange(0, NUM_CHUNKS)
+    inside = (chunks < num_chunks) & good
+    keys = tl.load(group_keys + row * num_chunks + chunks, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    mass = tl.load(masses + row * num_chunks + chunks, mask=inside, other=0.0)
+    offset = tl.where(keys >= FINITE_KEYS_FROM, tl.minimum(value_of_key(keys) - row_max, 0.0), float("-inf"))
+    mass = tl.sum(mass * tl.exp2(offset * rate))
+    low, high = bracket_of_cut(logits + row * row_stride, vocab_size, row_max, rate, p, mass, SAMPLE)
+    tl.store(brackets + row * 2, low.to(tl.int32, bitcast=True))
+    tl.store(brackets + row * 2 + 1, high.to(tl.int32, bitcast=True))
+    tl.store(counts + row * 4 + tl.arange(0, 4), tl.zeros((4,), tl.int64))
 
 
 @triton.jit
@@ -250,79 +286,114 @@ def load_bracket(brackets, row):
 # ---- the second read ----
 
 
-@triton.jit(do_not_specialize_on_alignment=["logits"])
-def weigh_groups(
-    logits, group_keys, brackets, counts, listed, group_sums,
-    batch, vocab_size, row_stride, num_chunks, num_groups,
-    temperature, min_p, temperature_stride, min_p_stride,
-    PER_ROW: tl.constexpr, CUT: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, LIST: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One program, GROUPS groups of a row, GROUP tokens each: the sums of their weights.
+@triton.jit
+def _load_tile(logits, place, runs, TILE: tl.constexpr, tile, vocab_size):
+    """Tile number `tile` of a row, [GROUP / 32, 32 WARPS]: each warp holds a group, 32 neighbours a load."""
+    tokens = tile * TILE + place + runs * 32
+    if (tile + 1) * TILE <= vocab_size:
+        x = tl.load(logits + tokens).to(tl.float32)
+    else:
+        x = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    return tokens, x
 
-    group_sums (2 or 1, batch, num_groups) int64: of the tokens that may be drawn; for top-p of those above the bracket
-    alone, and with min-p of those that it drops too. Tokens within the bracket go to listed (batch, LIST + 2 GROUP),
-    logit above token, in any order; counts (batch, 2) int64 gets how many they are, and the sum of the row's weights.
+
+@triton.jit
+def weigh(
+    logits, own, listed, counts, first_tile, end_tile, vocab_size, num_groups, row_max, rate, low, high, least_weight,
+    CUT: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, LIST: tl.constexpr, ALONE: tl.constexpr,
+    WARPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """(number, everything, above): tiles of WARPS groups of a row, GROUP tokens each, are weighed, and the sums of their
+    weights stored in `own` (num_groups): of the tokens that may be drawn; for top-p of those above the bracket alone.
+
+    For top-p, tokens within the bracket go to `listed`, logit above token, in any order. `number` is how many they are,
+    where one program weighs the whole row, ALONE; several count them in `counts`. `everything` and `above`
+    [32 WARPS] int64 add up to the sums of all weights and of those above the bracket.
 
     A group is in one warp's registers, 32 neighbours a load, so that little here waits for another warp. Which of a
-    thread's tokens are within the bracket is kept as bits, of two groups: a few in a hundred are, and only they are
+    thread's tokens are within the bracket is kept as bits, of two tiles: a few in a hundred are, and only they are
     read again.
     """
-    steps = tl.cdiv(num_groups, GROUPS)
-    row = (tl.program_id(0) // steps).to(tl.int64)
-    first_group = tl.program_id(0) % steps * GROUPS
-    logits += row * row_stride
-    rate = rate_of(parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32))
-    _, _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
+    TILE: tl.constexpr = WARPS * GROUP
+    columns = tl.arange(0, 32 * WARPS)
+    place = columns // 32 * GROUP + columns % 32  # of a thread's first token in a tile
     runs = tl.arange(0, GROUP // 32)[:, None]
-    lanes = tl.arange(0, 32)
-    if CUT | TOP_P:
-        low, high = load_bracket(brackets, row)
-    if MIN_P:
-        least_weight = (parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32) * WEIGHT_ONE).to(tl.int64)
-    end = tl.minimum(first_group + GROUPS, num_groups)
-    all_weights = tl.zeros((32,), tl.int64)
-    bits = tl.zeros((32,), tl.int32)
-    for group in range(first_group, end):
-        tokens = group * GROUP + runs * 32 + lanes[None, :]  # [GROUP / 32, 32]
-        if (group + 1) * GROUP <= vocab_size:
-            x = tl.load(logits + tokens).to(tl.float32)
-        else:
-            x = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    everything, above = tl.zeros((32 * WARPS,), tl.int64), tl.zeros((32 * WARPS,), tl.int64)
+    bits = tl.zeros((32 * WARPS,), tl.int32)
+    number = tl.full((), 0, tl.int32)
+    for tile in range(first_tile, end_tile):
+        tokens, x = _load_tile(logits, place[None, :], runs, TILE, tile, vocab_size)  # [GROUP / 32, 32 WARPS]
         weight = integer_weight(x - row_max, rate)
-        place = group_sums + row * num_groups + group
         kept = weight
         if CUT:
             key = ordered_key(x)
             kept = tl.where((key > low) | ((key == low) & (tokens <= high.to(tl.int32))), weight, 0)
         if TOP_P:
-            above = x > value_of_key(high)
-            kept = tl.where(above, weight, 0)
-            if MIN_P:
-                tl.store(place + batch * num_groups, _sum(kept))
-            all_weights += tl.sum(weight, axis=0)
+            kept = tl.where(x > value_of_key(high), weight, 0)
+            everything += tl.sum(weight, axis=0)
+            above += tl.sum(kept, axis=0)
             inside = (x >= value_of_key(low)) & (x <= value_of_key(high))
-            second = (group - first_group) % 2
+            second = (tile - first_tile) % 2
             bits |= tl.sum(tl.where(inside, tl.full((), 1, tl.int32) << runs, 0), axis=0) << (second * (GROUP // 32))
-            if (second == 1) | (group + 1 == end):
-                number = _count_bits(bits)
-                first = tl.atomic_add(counts + row * 2, tl.sum(number).to(tl.int64), sem="relaxed")
-                first = tl.minimum(first, LIST)  # behind the list there is room for what no longer fits
-                slot = listed + row * (LIST + 2 * GROUP) + first + tl.cumsum(number, 0) - number
-                while tl.max((bits != 0).to(tl.int32)) > 0:
+            if (second == 1) | (tile + 1 == end_tile):
+                own_number = _count_bits(bits)
+                more, most = tl.reduce((own_number, own_number), 0, _sum_max)
+                first = number if ALONE else tl.atomic_add(counts, more.to(tl.int64), sem="relaxed").to(tl.int32)
+                number += more
+                slot = first + tl.cumsum(own_number, 0) - own_number
+                for _ in range(most):
                     lowest = (bits & -bits).to(tl.uint32, bitcast=True).to(tl.float32)  # its exponent: the bit's number
                     run = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
-                    token = (group - second) * GROUP + run * 32 + lanes
+                    token = (tile - second + run // (GROUP // 32)) * TILE + place + run % (GROUP // 32) * 32
                     again = tl.load(logits + token, mask=bits != 0, other=0.0).to(tl.float32)
                     entry = (again.to(tl.int32, bitcast=True).to(tl.int64) << 32) | token.to(tl.int64)
-                    tl.store(slot, entry, mask=bits != 0)
+                    tl.store(listed + slot, entry, mask=(bits != 0) & (slot < LIST))
                     slot += 1
                     bits &= bits - 1
         if MIN_P:
             kept = tl.where(kept >= least_weight, kept, 0)
-        tl.store(place, _sum(kept))
+        groups = tile * WARPS + tl.arange(0, WARPS)
+        tl.store(own + groups, _sums_of_groups(kept, WARPS), mask=groups < num_groups)
+    return number, everything, above
+
+
+@triton.jit(do_not_specialize_on_alignment=["logits"])
+def weigh_groups(
+    logits, group_keys, brackets, counts, listed, group_sums,
+    batch, vocab_size, row_stride, num_chunks, num_groups,
+    temperature, min_p, temperature_stride, min_p_stride,
+    PER_ROW: tl.constexpr, CUT: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    LIST: tl.constexpr, LIST_ROOM: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One program of one warp weighs GROUPS groups of a row: `weigh` with group_sums (batch, num_groups) int64 and
+    listed (batch, LIST_ROOM); counts (batch, 4) int64 gets how many are listed, the sum of the row's weights, and of
+    those above the bracket."""
+    steps = tl.cdiv(num_groups, GROUPS)
+    row = (tl.program_id(0) // steps).to(tl.int64)
+    first_group = tl.program_id(0) % steps * GROUPS
+    rate = rate_of(parameter(temperature, row, temperature_stride, PER_ROW & 1, tl.float32))
+    least_weight = (parameter(min_p, row, min_p_stride, PER_ROW & 8, tl.float32) * WEIGHT_ONE).to(tl.int64)
+    _, _, row_max = row_maximum(group_keys, row, num_chunks, NUM_CHUNKS)
+    low, high = row_max, row_max
+    if CUT | TOP_P:
+        low, high = load_bracket(brackets, row)
     if TOP_P:
-        tl.atomic_add(counts + row * 2 + 1, tl.sum(all_weights), sem="relaxed")
+        listed += row * LIST_ROOM
+        counts += row * 4
+    _, everything, above = weigh(
+        logits + row * row_stride, group_sums + row * num_groups, listed, counts,
+        first_group, tl.minimum(first_group + GROUPS, num_groups), vocab_size, num_groups,
+        row_max, rate, low, high, least_weight, CUT, TOP_P, MIN_P, LIST, False, 1, GROUP,
+    )  # fmt: skip
+    if TOP_P:
+        tl.atomic_add(counts + 1, tl.sum(everything), sem="relaxed")
+        tl.atomic_add(counts + 2, tl.sum(above), sem="relaxed")
+
+
+@triton.jit
+def _sum_max(sum0, max0, sum1, max1):
+    return sum0 + sum1, tl.maximum(max0, max1)
 
 
 @triton.jit
@@ -337,11 +408,12 @@ def _count_bits(bits):
 
 
 @triton.jit
-def _sum(weights):
-    """The sum of [rows, 32] weights, up to 64 rows; sums of 32-bit numbers over a warp are one instruction each."""
-    each = tl.sum(weights, axis=0)  # [32], below 2^47
-    low, high = tl.sum((each & 0xFFFFFF).to(tl.int32)), tl.sum((each >> 24).to(tl.int32))
-    return (high.to(tl.int64) << 24) + low
+def _sums_of_groups(weights, WARPS: tl.constexpr):
+    """The sums [WARPS] of [rows, 32 WARPS] weights, up to 64 rows; of 32-bit numbers over a warp they are one
+    instruction each."""
+    each = tl.sum(weights, axis=0)  # below 2^47
+    low, high = tl.reshape((each & 0xFFFFFF).to(tl.int32), (WARPS, 32)), tl.reshape(each >> 24, (WARPS, 32))
+    return (tl.sum(high.to(tl.int32), axis=1).to(tl.int64) << 24) + tl.sum(low, axis=1)
 
 
 # ---- the cut, from the list ----

@@ -70,6 +70,7 @@ def force(path: str) -> None:
         return
     length = 16 if path == "short list" else 1024
     triton_sample.MAX_SAMPLE, triton_sample.MAX_LIST, triton_sample.GROUP = 64, length, 32
+    triton_sample.ALONE_FROM, triton_sample.ALONE_WARPS = (0, 2) if path == "row by row" else (1000, 2)
     most = 1024 if path == "best groups" else 0
     for module in (triton_select, triton_sample, triton_top_k):
         module.CHUNK, module.MAX_TILE, module.MAX_GROUPS_CHOSEN = 128, 0, most
@@ -79,11 +80,11 @@ def force(path: str) -> None:
 def main() -> None:
     torch.manual_seed(0)
     calls = 0
-    for path in ("whole rows", "best groups", "chunk by chunk", "short list"):
+    for path in ("whole rows", "best groups", "chunk by chunk", "row by row", "short list"):
         force(path)
         for dtype, vocab_size, kind in CASES:
             x = rows(kind, vocab_size, dtype)
-            for k in {1, min(40, vocab_size), vocab_size} if path != "short list" else ():
+            for k in {1, min(40, vocab_size), vocab_size} if path not in ("row by row", "short list") else ():
                 check_top_k(x, k)
                 calls += 1
             if kind == "close" and path == "whole rows":
@@ -92,7 +93,7 @@ def main() -> None:
                 x[:, 3], x[:, 20] = 1.0, 1.0
                 calls += 1
             for number, options in enumerate(OPTIONS):
-                if path == "short list" and "top_k" in options:
+                if path in ("row by row", "short list") and "top_k" in options:
                     continue
                 a_row_each = number == len(OPTIONS) - 1
                 check_sample(x, options, as_tensors=a_row_each or (number % 2 == 1 and path != "best groups"))
