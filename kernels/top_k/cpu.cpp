@@ -15,7 +15,7 @@
 //
 // Knows the stable part of torch's C++ interface; knows nothing of models. Arguments were checked in op.py.
 
-// One rounding per operation, as reference.py has it: a fused multiply-add would give other bits.
+// Multiplications and additions are fused where the code says so, as in reference.py: elsewhere it would give other bits.
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #elif defined(__GNUC__)
@@ -118,14 +118,17 @@ Float larger(Float a, Float b) {
 #endif
 }
 
-// a * b + c, rounded once where the machine has an instruction for it.
+// a * b + c, rounded once.
+float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
 Float multiply_add(Float a, Float b, Float c) {
 #if !defined(TOY_LM_PLAIN) && defined(__AVX512F__) && defined(__AVX512DQ__)
   return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif !defined(TOY_LM_PLAIN) && defined(__AVX2__) && defined(__FMA__)
   return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-  return a * b + c;
+  for (int i = 0; i < kLanes; ++i) a[i] = std::fma(a[i], b[i], c[i]);
+  return a;
 #endif
 }
 
@@ -514,11 +517,9 @@ template <class F>
 F exp2_fraction(F y, F& rounded) {
   rounded = y + kRound;
   const F fraction = y - (rounded - kRound);
-  F power = fraction * kExp2[0] + kExp2[1];
-  power = power * fraction + kExp2[2];
-  power = power * fraction + kExp2[3];
-  power = power * fraction + kExp2[4];
-  return power * fraction + 1.0f;
+  F power = F{} + kExp2[0];
+  for (int i = 1; i < 5; ++i) power = multiply_add(power, fraction, F{} + kExp2[i]);
+  return multiply_add(power, fraction, F{} + 1.0f);
 }
 
 // x * 2^whole: the lowest bits of `rounded` are those of `whole`, and are added to the exponent.
@@ -599,7 +600,7 @@ float row_max(const Row<T>& row) {
   return max_of(largest);
 }
 
-// log(sum(exp(x - max))). No token depends on it, so that it may round as it likes: here with fused multiply-adds.
+// log(sum(exp(x - max))).
 template <class T>
 float log_sum_exp(const Row<T>& row, float max) {
   double totals[kLanes] = {};
@@ -607,10 +608,8 @@ float log_sum_exp(const Row<T>& row, float max) {
     Float sum{};
     for (int64_t i = 0; i < count; i += kLanes) {
       const Float y = larger((load<Float>(x + i) - max) * kLog2E, broadcast(-126.0f));  // 2^-126 adds nothing to 1
-      const Float rounded = y + kRound, fraction = y - (rounded - kRound);
-      Float power = broadcast(kExp2[0]);
-      for (int j = 1; j < 5; ++j) power = multiply_add(power, fraction, broadcast(kExp2[j]));
-      power = multiply_add(power, fraction, broadcast(1.0f));
+      Float rounded;
+      const Float power = exp2_fraction(y, rounded);
       sum += times_power_of_2(power, rounded);
     }
     for (int i = 0; i < kLanes; ++i) totals[i] += sum[i];

@@ -1,8 +1,8 @@
 """Top-K and sampling as the definitions say them: a stable sort, integer weights, one inverse-CDF draw.
 
 The kernels agree with this file bit for bit on every device. What makes that possible is that nothing which decides on
-a token is a floating-point sum: each token's weight is computed by a fixed sequence of single, correctly rounded fp32
-operations and then made an integer, and integers add up to the same total in whatever order they are added.
+a token is a floating-point sum: each token's weight is computed by a fixed sequence of correctly rounded fp32 operations
+and then made an integer, and integers add up to the same total in whatever order they are added.
 
     weight     W = floor(2^40 * 2^y), y = (x - row max) * (log2(e) / temperature), an int64; the likeliest has 2^40.
                2^20 of them stay below 2^61. Cut off is less than 2^-40 of the likeliest token's probability per token.
@@ -64,7 +64,8 @@ def random_below(total: Tensor, seed: Tensor, step: Tensor) -> Tensor:
 def integer_weights(z: Tensor, temperature: Tensor) -> Tensor:
     """floor(2^40 * exp(z / temperature)) for z (batch, vocab_size) fp32, at most 0, and temperature (batch,) fp32.
 
-    One rounding per operation, no fused multiply-add: the kernels repeat these operations one by one.
+    The kernels repeat these operations one by one: the polynomial in fused multiply-adds, which every device has, and
+    nothing else fused.
     """
     rate = torch.full_like(temperature, LOG2_E) / temperature.clamp(min=MIN_TEMPERATURE)
     y = (z * rate[:, None]).clamp(min=-63.0)
@@ -72,9 +73,23 @@ def integer_weights(z: Tensor, temperature: Tensor) -> Tensor:
     fraction = y - whole  # exact
     power = torch.full_like(y, EXP2_COEFFICIENTS[0])
     for coefficient in (*EXP2_COEFFICIENTS[1:], 1.0):
-        power = power * fraction + coefficient  # in [0.7, 1.42] at the end: a multiple of 2^-24
+        power = _multiply_add(power, fraction, coefficient)  # in [0.7, 1.42] at the end: a multiple of 2^-24
     mantissa = (power * 2.0**24).to(torch.int64)  # exact
     return (mantissa << (WEIGHT_BITS - 24)) >> (-whole).to(torch.int64)
+
+
+def _multiply_add(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """a * b + c of fp32 numbers, rounded once.
+
+    In fp64 the product is exact, and what the sum loses is known. Rounded to the neighbour whose last bit is 1 (to odd),
+    it is on the same side of every number that fp32 could round at as the exact sum is (Boldo and Melquiond).
+    """
+    product, summand = a.double() * b.double(), torch.tensor(c, dtype=torch.float32).double()
+    total = product + summand
+    of_summand = total - product
+    lost = (product - (total - of_summand)) + (summand - of_summand)
+    is_even = total.view(torch.int64) % 2 == 0
+    return torch.where((lost != 0) & is_even, torch.nextafter(total, lost.sign() * torch.inf), total).float()
 
 
 def sample(

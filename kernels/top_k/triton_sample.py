@@ -75,8 +75,8 @@ GROUP = 512  # tokens whose weights are added up; at most, as two groups are bit
 WEIGH_GROUPS = 4
 SAMPLE_PART, MAX_SAMPLE = 16, 8192  # a bracket is found from one token in so many
 LIST_PART, MAX_LIST = 4, 2**16  # one token in so many may be within it: there is room for them
-MOST_SORTED = 256  # tokens of the list that are left in the end
-ALONE_FROM, ALONE_WARPS, DRAW_WARPS = 64, 8, 4
+LIST_BLOCKS, MOST_SORTED = 32, 256  # blocks in which a full list is read; tokens left of it in the end
+ALONE_FROM, ALONE_WARPS = 64, 8
 DRAW_REGISTERS = 64  # a thread, at most, so that the programs of 1024 rows are at work at once
 PER_SAMPLE_WARP, PER_GROUPS_WARP = 1024, 1024  # elements that a warp holds: few wait for many
 
@@ -459,9 +459,10 @@ def _group_by_group(job: _Job) -> None:
     cut_by_rank = job.most_kept >= 0
     cut_by_mass = (job.may_drop_by_rank or job.may_drop_by_mass) and not cut_by_rank
     alone = batch >= ALONE_FROM and not cut_by_rank
-    warps = ALONE_WARPS if alone else DRAW_WARPS
     num_groups = blocks(vocab_size, GROUP)
     list_length = min(power_of_2(vocab_size) // LIST_PART, MAX_LIST)
+    block = 64 * ALONE_WARPS if alone else min(max(256, list_length // LIST_BLOCKS), 1024)
+    warps = ALONE_WARPS if alone else max(4, block // 128) if cut_by_mass else 4
     constants: dict[str, Any] = {
         **job.constants(),
         "CUT": cut_by_rank,
@@ -472,7 +473,7 @@ def _group_by_group(job: _Job) -> None:
         "SAMPLE": max(1, min(power_of_2(vocab_size) // SAMPLE_PART, MAX_SAMPLE)),
         "LIST": list_length,
         "LIST_ROOM": list_length + MOST_SORTED,
-        "BLOCK": 64 * warps,
+        "BLOCK": block,
         "MOST": MOST_SORTED,
         "NUM_GROUPS": power_of_2(num_groups),
         "GROUP": GROUP,

@@ -8,8 +8,8 @@ by a running count. With weights in place of ones, `key_reaching` finds the cut 
 Why the CPU does it otherwise. cpu.cpp lets a threshold rise while a row streams by, which is a chain of dependent
 steps. A GPU has to have the whole row in flight: here every key is compared with every trial, all at once.
 
-Every operation on a weight is one that reference.py does, in its order, each rounded by itself: the kernels are
-compiled with enable_fp_fusion=False, so that no multiplication is fused with an addition.
+Every operation on a weight is one that reference.py does, in its order: the kernels are compiled with
+enable_fp_fusion=False, so that no multiplication is fused with an addition but where it says so.
 """
 
 import functools
@@ -161,11 +161,11 @@ def integer_weight(z, rate):
     y = tl.maximum(z * rate, -63.0)
     rounded = y + ROUND
     fraction = y - (rounded - ROUND)
-    power = fraction * C5 + C4
-    power = power * fraction + C3
-    power = power * fraction + C2
-    power = power * fraction + C1
-    power = power * fraction + WEIGHT_ONE
+    power = tl.fma(fraction, C5, C4)
+    power = tl.fma(power, fraction, C3)
+    power = tl.fma(power, fraction, C2)
+    power = tl.fma(power, fraction, C1)
+    power = tl.fma(power, fraction, WEIGHT_ONE)
     bits = power.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)
     return bits.to(tl.float32, bitcast=True).to(tl.int64)
 

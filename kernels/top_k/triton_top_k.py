@@ -7,7 +7,8 @@
     larger k          one program per row writes its best k out in index order; torch sorts them
 
 A candidate is one 64-bit integer, the key of a value above the complement of its index: larger is better, no two equal.
-The keys of fp16 and bf16 leave room for a short row's index: there 32 bits hold both.
+In short rows fp32 numbers are compared as fp64, with their own bits above their index: one instruction, where 64-bit
+integers take two. The keys of fp16 and bf16 leave room for the index: there 32 bits hold both.
 
 Knows Triton; knows nothing of models. Arguments were checked in op.py.
 """
@@ -65,24 +66,32 @@ NUM_EXCHANGES = tl.constexpr(len(EXCHANGES.value))
 
 @triton.jit
 def _pack(x, index, BITS: tl.constexpr):
-    """Candidates, in 32 bits where a key has so few that the index, up to 2^(32 - BITS), fits beside it."""
-    key = ordered_key(x.to(tl.float32))
+    """Elements of a short row such that the larger one is the better one, and no two are equal: fp64, or uint32."""
     if BITS == 32:
-        return candidate(key, index)
+        bits = (x + 0.0).to(tl.int32, bitcast=True)
+        bits = tl.where(x != x, 0x7FEFFFFF, bits)  # above infinity, 0x7F800000, and a number in fp64
+        lower = (~index ^ (bits >> 31)).to(tl.uint32, bitcast=True)  # the lower index is larger, also below zero
+        return ((bits.to(tl.int64) << 32) | lower.to(tl.int64)).to(tl.float64, bitcast=True)
     else:
         LOW: tl.constexpr = (1 << (32 - BITS)) - 1
-        return (key & (0xFFFFFFFF - LOW)) | (LOW - index).to(tl.uint32)
+        return (ordered_key(x.to(tl.float32)) & (0xFFFFFFFF - LOW)) | (LOW - index).to(tl.uint32)
 
 
 @triton.jit
-def _store_sorted(values, indices, places, packed, wanted, BITS: tl.constexpr):
+def _unpack(packed, BITS: tl.constexpr):
+    """The fp32 values and the indices of what was packed."""
     if BITS == 32:
-        key, index = key_and_index(packed)
-        value = value_of_key(key)
+        both = packed.to(tl.int64, bitcast=True)
+        bits, lower = (both >> 32).to(tl.int32), both.to(tl.int32)
+        return bits.to(tl.float32, bitcast=True), ~(lower ^ (bits >> 31))
     else:
         LOW: tl.constexpr = (1 << (32 - BITS)) - 1
-        index = LOW - (packed & LOW).to(tl.int32)
-        value = (value_of_key(packed).to(tl.int32, bitcast=True) & (-1 - LOW)).to(tl.float32, bitcast=True)
+        bits = value_of_key(packed).to(tl.int32, bitcast=True) & (-1 - LOW)
+        return bits.to(tl.float32, bitcast=True), LOW - (packed & LOW).to(tl.int32)
+
+
+@triton.jit
+def _store_sorted(values, indices, places, value, index, wanted):
     tl.store(values + places, value.to(values.dtype.element_ty), mask=wanted)
     tl.store(indices + places, index.to(tl.int64), mask=wanted)
 
@@ -91,9 +100,11 @@ def _store_sorted(values, indices, places, packed, wanted, BITS: tl.constexpr):
 def _exchange(columns, I: tl.constexpr, J: tl.constexpr):
     """Columns I < J of each row, the larger first."""
     a, b = columns[I], columns[J]
-    larger = tl.maximum(a, b)
-    # The hardware has no minimum of 64-bit numbers: this is 6 instructions an exchange, where comparing again is 8.
-    smaller = a ^ b ^ larger if a.dtype == tl.int64 else tl.minimum(a, b)
+    if a.dtype == tl.float64:  # of which the hardware has no maximum
+        falling = a > b
+        larger, smaller = tl.where(falling, a, b), tl.where(falling, b, a)
+    else:
+        larger, smaller = tl.maximum(a, b), tl.minimum(a, b)
     return columns[:I] + (larger,) + columns[I + 1 : J] + (smaller,) + columns[J + 1 :]
 
 
@@ -124,8 +135,8 @@ def _top_k_lanes(x, values, indices, batch, n, row_stride, k, BITS: tl.constexpr
     for number in tl.static_range(NUM_EXCHANGES):
         columns = _exchange(columns, EXCHANGES[number][0], EXCHANGES[number][1])
     ranks = tl.arange(0, PER_THREAD)[None, :]
-    best = _side_by_side(columns, 0, PER_THREAD)
-    _store_sorted(values, indices, rows * k + ranks, best, (rows < batch) & (ranks < k), BITS)
+    value, index = _unpack(_side_by_side(columns, 0, PER_THREAD), BITS)
+    _store_sorted(values, indices, rows * k + ranks, value, index, (rows < batch) & (ranks < k))
 
 
 @triton.jit
@@ -136,8 +147,8 @@ def _top_k_short(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     index = tl.arange(0, BLOCK)[None, :]
     v = tl.load(x + rows * row_stride + index, mask=(rows < batch) & (index < n), other=float("-inf"))  # [ROWS, BLOCK]
-    best = tl.sort(_pack(v, index, BITS), descending=True)
-    _store_sorted(values, indices, rows * k + index, best, (rows < batch) & (index < k), BITS)
+    value, order = _unpack(tl.sort(_pack(v, index, BITS), descending=True), BITS)
+    _store_sorted(values, indices, rows * k + index, value, order, (rows < batch) & (index < k))
 
 
 @triton.jit
@@ -169,7 +180,8 @@ def _top_k_tile(
     tl.debug_barrier()  # other threads read what was written here
     ranks = tl.arange(0, K)
     best = tl.sort(tl.load(candidates + ranks, mask=ranks < k, other=-(2**63)), descending=True)
-    _store_sorted(values, indices, row * k + ranks, best, ranks < k, 32)
+    key, index = key_and_index(best)
+    _store_sorted(values, indices, row * k + ranks, value_of_key(key), index, ranks < k)
 
 
 @triton.jit
