@@ -1,5 +1,8 @@
 """kernels.sample: the definition, the distribution, the randomness, and what happens to rows that have no answer."""
 
+import struct
+from fractions import Fraction
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -187,6 +190,36 @@ def test_bad_tensors_are_named(device):
         with pytest.raises(ValueError, match=f"^{name}: got"):
             kernels.sample(logits, **{"seed": 0, name: bad.to(device)})
     assert kernels.sample(torch.zeros(0, 10, device=device), seed=0).shape == (0,)
+
+
+def test_a_weight_is_the_references_to_the_last_bit(device):
+    """Of two tokens, the one that weighs exactly min_p is kept, and dropped by the next larger min_p."""
+    z = -6.0 * torch.rand(20_000)
+    temperature = 0.5 + torch.rand(20_000)
+    weights = reference.integer_weights(z[:, None], temperature)[:, 0]
+    min_p = (weights.double() * 2.0**-reference.WEIGHT_BITS).float()
+    assert torch.equal(min_p.double() * 2.0**reference.WEIGHT_BITS, weights.double())
+    logits = torch.stack((torch.zeros(20_000), z), -1).to(device)
+    for limit, is_kept in ((min_p, True), (min_p.nextafter(torch.tensor(2.0)), False)):
+        options = {"temperature": temperature.to(device), "min_p": limit.clamp(max=1.0).to(device)}
+        sampled = kernels.sample(logits, seed=torch.arange(20_000, device=device), return_logprobs=True, **options)
+        alone = (sampled.token_ids == 0) & (sampled.processed_logprobs == 0.0)
+        assert ((alone == (not is_kept)) | (limit > 1.0).to(device)).all()
+
+
+def test_the_reference_rounds_a_multiply_add_once():
+    a, b = torch.randn(2000), torch.randn(2000)
+    a[:500], b[:500] = 1.0 + 2.0**-23 * torch.arange(500), 2.0 ** (-24.0 - torch.arange(500) % 3)  # near halves
+    for c in (1.0, 0.693147, -2.0**-30):
+        got = reference._multiply_add(a, b, c)
+        near = torch.stack((got.nextafter(torch.tensor(-9.0)), got, got.nextafter(torch.tensor(9.0)))).tolist()
+        c = torch.tensor(c, dtype=torch.float32).item()
+        for x, y, lower, rounded, upper in zip(a.tolist(), b.tolist(), *near, strict=True):
+            exact = Fraction(x) * Fraction(y) + Fraction(c)
+            away = [abs(exact - Fraction(number)) for number in (lower, rounded, upper)]
+            assert away[1] <= min(away)
+            if away.count(away[1]) > 1:  # halfway: to even
+                assert struct.unpack("i", struct.pack("f", rounded))[0] % 2 == 0
 
 
 # The distribution.
