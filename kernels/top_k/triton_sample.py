@@ -55,7 +55,9 @@ from kernels.top_k.triton_top_p import (
     EVERY_TOKEN,
     LARGEST,
     add_two,
+    as_keys,
     bracket_of_cut,
+    closer_bracket,
     cut_in_list,
     cut_in_row,
     find_bracket,
@@ -74,9 +76,10 @@ from kernels.top_k.triton_top_p import (
 GROUP = 512  # tokens whose weights are added up; at most, as two groups are bits of 32 for each of 32 threads
 WEIGH_GROUPS = 4
 SAMPLE_PART, MAX_SAMPLE = 16, 8192  # a bracket is found from one token in so many
+GUESS_SAMPLE = 1024  # tokens from which one is guessed
 LIST_PART, MAX_LIST = 4, 2**16  # one token in so many may be within it: there is room for them
 LIST_BLOCKS, MOST_SORTED = 32, 256  # blocks in which a full list is read; tokens left of it in the end
-ALONE_FROM, ALONE_WARPS = 64, 8
+ALONE_FROM, ALONE_WARPS = 64, 4
 DRAW_REGISTERS = 64  # a thread, at most, so that the programs of 1024 rows are at work at once
 PER_SAMPLE_WARP, PER_GROUPS_WARP = 1024, 1024  # elements that a warp holds: few wait for many
 
@@ -268,13 +271,22 @@ def _draw_long(
         listed += row * LIST_ROOM
         counts += row * 4
     if ALONE:
-        row_max, total_exp, mass = read_row(logits, vocab_size, rate, LOGPROBS, TOP_P, WARPS, GROUP)
+        low, high = rate, rate
+        if TOP_P:
+            low, high = bracket_of_cut(logits, vocab_size, None, rate, p, None, SAMPLE)
+        row_max, total_exp, mass, above_low, above_middle, above_high = read_row(
+            logits, vocab_size, rate, low, 0.5 * low + 0.5 * high, high, LOGPROBS, TOP_P, WARPS, GROUP
+        )
         finite = (row_max > float("-inf")) & (row_max < float("inf"))
         row_max = tl.where(finite, row_max, LARGEST)
         max_key = ordered_key(row_max)
-        low, high = max_key, max_key
         if TOP_P:
-            low, high = bracket_of_cut(logits, vocab_size, row_max, rate, p, mass, SAMPLE)
+            low, high, close = closer_bracket(
+                low, high, above_low, above_middle, above_high, row_max, rate, mass * p
+            )
+            if close == 0:
+                low, high = bracket_of_cut(logits, vocab_size, row_max, rate, p, mass, SAMPLE)
+            low, high = as_keys(low, high, p)
         number, everything, above = weigh(
             logits, own, listed, counts, 0, tl.cdiv(num_groups, WARPS), vocab_size, num_groups,
             row_max, rate, low, high, least_weight, CUT, TOP_P, MIN_P, LIST, True, WARPS, GROUP,
@@ -470,7 +482,7 @@ def _group_by_group(job: _Job) -> None:
         "MIN_P": job.may_drop_light,
         "LOGPROBS": job.logprobs,
         "ALONE": alone,
-        "SAMPLE": max(1, min(power_of_2(vocab_size) // SAMPLE_PART, MAX_SAMPLE)),
+        "SAMPLE": GUESS_SAMPLE if alone else max(1, min(power_of_2(vocab_size) // SAMPLE_PART, MAX_SAMPLE)),
         "LIST": list_length,
         "LIST_ROOM": list_length + MOST_SORTED,
         "BLOCK": block,

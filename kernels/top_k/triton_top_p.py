@@ -146,34 +146,6 @@ def rank_cut(logits, vocab_size, k, max_key, BLOCK: tl.constexpr):
     return search_row(logits, vocab_size, 0.0, 1.0, cut, last, k, low, max_key, reached, above, False, BLOCK)
 
 
-# ---- the first read, by one program ----
-
-
-@triton.jit
-def read_row(
-    logits, vocab_size, rate, SUM_EXP: tl.constexpr, MASS: tl.constexpr, WARPS: tl.constexpr, GROUP: tl.constexpr
-):
-    """(largest, total, mass): a row's largest logit, NaN if any is NaN, and the sums of exp(x - largest) and
-    exp((x - largest) / temperature)."""
-    columns = tl.arange(0, 32 * WARPS)
-    place = (columns // 32 * GROUP + columns % 32)[None, :]
-    runs = tl.arange(0, GROUP // 32)[:, None]
-    largest = tl.full((32 * WARPS,), float("-inf"), tl.float32)  # of what a thread has read, and its sums
-    total, mass = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
-    for tile in range(tl.cdiv(vocab_size, WARPS * GROUP)):
-        _, x = _load_tile(logits, place, runs, WARPS * GROUP, tile, vocab_size)  # [GROUP / 32, 32 WARPS]
-        before, largest = largest, larger(largest, tl.reduce(x, 0, larger))
-        base = tl.where(largest == float("-inf"), 0.0, largest)  # -inf - -inf is not a number
-        if SUM_EXP:
-            total = total * tl.exp2((before - base) * LOG2_E) + tl.sum(tl.exp2((x - base[None, :]) * LOG2_E), axis=0)
-        if MASS:
-            mass = mass * tl.exp2((before - base) * rate) + tl.sum(tl.exp2((x - base[None, :]) * rate), axis=0)
-    row_max = tl.reduce(largest, 0, larger)
-    below = largest - tl.where(row_max == float("-inf"), 0.0, row_max)
-    total, mass = tl.reduce((total * tl.exp2(below * LOG2_E), mass * tl.exp2(below * rate)), 0, add_two)
-    return row_max, total, mass
-
-
 # ---- the bracket ----
 
 
@@ -222,9 +194,11 @@ def _narrow(
 
 
 @triton.jit
-def bracket_of_cut(logits, vocab_size, row_max, rate, p, mass, SAMPLE: tl.constexpr):
-    """The lowest and the highest key between which the cut of a row lies, whose mass is known: no sample may hold its
-    largest.
+def bracket_of_cut(logits, vocab_size, row_max, rate, p, row_mass, SAMPLE: tl.constexpr):
+    """(low, high): values between which the cut of a row lies.
+
+    The row's largest logit and its mass are known, as no sample may hold its largest; or None: a guess by the sample's,
+    and with wider bins.
 
     With F and Q the sums of w and w^2 over the n sampled tokens below a value, the mass below it in the whole row is
     taken to lie within F +- DEVIATIONS sqrt(Q - F^2 / n); the mass above likewise. A value of which one of the two says
@@ -233,23 +207,114 @@ def bracket_of_cut(logits, vocab_size, row_max, rate, p, mass, SAMPLE: tl.conste
     places = tl.arange(0, SAMPLE)
     tokens = places // RUN * (vocab_size // (SAMPLE // RUN)) // RUN * RUN + places % RUN
     x = tl.load(logits + tokens).to(tl.float32)  # [SAMPLE]
-    total = mass * SAMPLE / vocab_size  # in units of the sample's
-    wanted_below, wanted_above = total * (1.0 - p), total * p
-
+    if row_mass is None:
+        row_max = tl.max(x)
     # y is the logarithm to base 2 of a token's weight over the likeliest one's; a NaN, of a row without answer, is -64.
     y = tl.maximum(tl.minimum(x - row_max, 0.0) * rate, -64.0)  # [SAMPLE]
+    if row_mass is None:
+        total = tl.sum(tl.exp2(y))
+    else:
+        total = row_mass * SAMPLE / vocab_size  # in units of the sample's
+    wanted_below, wanted_above = total * (1.0 - p), total * p
     least, most = tl.reduce((y, y), 0, _min_max)
     unseen_part = 1.0 - SAMPLE / vocab_size.to(tl.float32)
-    low, high, mass_below, square_below, mass, squares, _ = _narrow(
+    low, high, mass_below, square_below, mass, squares, width = _narrow(
         y, least, most, 0.0, 0.0, None, None, wanted_below, wanted_above, unseen_part, SAMPLE
     )
-    low, high, _, _, _, _, width = _narrow(
-        y, low, high, mass_below, square_below, mass, squares, wanted_below, wanted_above, unseen_part, SAMPLE
-    )
-    low = tl.where(low == least, float("-inf"), row_max + (low - 0.5 * width) / rate)
-    high = tl.where(high == most, row_max, row_max + tl.minimum(high + 0.5 * width, 0.0) / rate)
+    if row_mass is not None:
+        low, high, _, _, _, _, width = _narrow(
+            y, low, high, mass_below, square_below, mass, squares, wanted_below, wanted_above, unseen_part, SAMPLE
+        )
+    low = tl.where(low == least, -LARGEST, row_max + (low - 0.5 * width) / rate)
+    high = tl.where(high == most, LARGEST, row_max + (high + 0.5 * width) / rate)
+    return low, high
+
+
+@triton.jit
+def as_keys(low, high, p):
+    """A bracket's keys; nothing is below it where everything is kept."""
     high = tl.where(p < 1.0, high, float("-inf"))
     return tl.maximum(ordered_key(low), FINITE_KEYS_FROM), tl.minimum(ordered_key(high), INFINITY_KEY - 1)
+
+
+# ---- the first read, by one program ----
+
+
+@triton.jit
+def read_row(
+    logits, vocab_size, rate, low, middle, high,
+    SUM_EXP: tl.constexpr, MASS: tl.constexpr, WARPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """(largest, total, mass, and the masses above low, middle and high): a row's largest logit, NaN if any is NaN, the
+    sums of exp(x - largest), and of exp((x - largest) / temperature) over all tokens and over those above a value."""
+    RUNS: tl.constexpr = GROUP // 32
+    TILE: tl.constexpr = WARPS * GROUP
+    columns = tl.arange(0, 32 * WARPS)
+    place = columns // 32 * GROUP + columns % 32
+    zero = tl.zeros((32 * WARPS,), tl.float32)
+    largest = tl.full((32 * WARPS,), float("-inf"), tl.float32)  # of what a thread has read, and its sums
+    total, mass, above_low, above_middle, above_high = zero, zero, zero, zero, zero
+    for tile in range(tl.cdiv(vocab_size, TILE)):
+        runs = _load_runs(logits, tile * TILE + place, vocab_size, (tile + 1) * TILE <= vocab_size, RUNS)
+        before = largest
+        for run in tl.static_range(RUNS):
+            largest = larger(largest, runs[run])
+        base = tl.where(largest == float("-inf"), 0.0, largest)  # -inf - -inf is not a number
+        if SUM_EXP:
+            total *= tl.exp2((before - base) * LOG2_E)
+            for run in tl.static_range(RUNS):
+                total += tl.exp2((runs[run] - base) * LOG2_E)
+        if MASS:
+            scale = tl.exp2((before - base) * rate)
+            mass, above_low = mass * scale, above_low * scale
+            above_middle, above_high = above_middle * scale, above_high * scale
+            for run in tl.static_range(RUNS):
+                x = runs[run]  # [32 WARPS]
+                weight = tl.exp2((x - base) * rate)
+                mass += weight
+                above_low = tl.where(x > low, above_low + weight, above_low)
+                above_middle = tl.where(x > middle, above_middle + weight, above_middle)
+                above_high = tl.where(x > high, above_high + weight, above_high)
+    row_max = tl.reduce(largest, 0, larger)
+    below = largest - tl.where(row_max == float("-inf"), 0.0, row_max)
+    total, scale = total * tl.exp2(below * LOG2_E), tl.exp2(below * rate)
+    total, mass, above_low, above_middle, above_high = tl.reduce(
+        (total, mass * scale, above_low * scale, above_middle * scale, above_high * scale), 0, _add_five
+    )
+    return row_max, total, mass, above_low, above_middle, above_high
+
+
+@triton.jit
+def _add_five(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def closer_bracket(low, high, above_low, above_middle, above_high, row_max, rate, target):
+    """(low, high, found): the part of a guessed bracket in which the cut lies. The masses above its ends and above its
+    middle are known; so how many there are in either half, and how steeply they rise.
+
+    Of n tokens spread over a half, the mass up to a value strays from that curve by half a standard deviation of n at
+    most, DEVIATIONS of which are allowed, and a little because the curve is another.
+    """
+    half = 0.5 * high - 0.5 * low
+    in_upper = target <= above_middle
+    rise = tl.log2((above_middle - above_high) / (above_low - above_middle))
+    start, most = tl.where(in_upper, low + half, low), tl.where(in_upper, above_middle, above_low)
+    mass = tl.where(in_upper, above_middle - above_high, above_low - above_middle)
+    n = tl.maximum(mass / tl.exp2((start + 0.5 * half - row_max) * rate), 1.0)  # about
+    part, off = (most - target) / mass, 0.5 * DEVIATIONS / tl.sqrt(n) + 5.0 / n + 0.01
+    lower, upper = _rising_to(part - off, rise), _rising_to(part + off, rise)
+    known = (half < 0.25 * LARGEST) & (tl.abs(rise) < 20.0)  # neither end is at infinity, neither half is empty
+    low, high = tl.where(known, start + half * lower, low), tl.where(known, start + half * upper, high)
+    return low, high, (target <= above_low) & (target > above_high)
+
+
+@triton.jit
+def _rising_to(part, rise):
+    """Up to where in [0, 1] there is this part of a mass that rises by 2^rise from 0 to 1."""
+    part = tl.minimum(tl.maximum(part, 0.0), 1.0)
+    return tl.where(tl.abs(rise) < 0.01, part, tl.log2(1.0 + (tl.exp2(rise) - 1.0) * part) / rise)
 
 
 @triton.jit
@@ -272,6 +337,7 @@ def find_bracket(
     offset = tl.where(keys >= FINITE_KEYS_FROM, tl.minimum(value_of_key(keys) - row_max, 0.0), float("-inf"))
     mass = tl.sum(mass * tl.exp2(offset * rate))
     low, high = bracket_of_cut(logits + row * row_stride, vocab_size, row_max, rate, p, mass, SAMPLE)
+    low, high = as_keys(low, high, p)
     tl.store(brackets + row * 2, low.to(tl.int32, bitcast=True))
     tl.store(brackets + row * 2 + 1, high.to(tl.int32, bitcast=True))
     tl.store(counts + row * 4 + tl.arange(0, 4), tl.zeros((4,), tl.int64))
@@ -287,14 +353,18 @@ def load_bracket(brackets, row):
 
 
 @triton.jit
-def _load_tile(logits, place, runs, TILE: tl.constexpr, tile, vocab_size):
-    """Tile number `tile` of a row, [GROUP / 32, 32 WARPS]: each warp holds a group, 32 neighbours a load."""
-    tokens = tile * TILE + place + runs * 32
-    if (tile + 1) * TILE <= vocab_size:
-        x = tl.load(logits + tokens).to(tl.float32)
+def _load_runs(logits, first, end, whole, RUNS: tl.constexpr):
+    """Runs of 32 neighbours one after another, as so many tensors: those of a row that begin at `first`, up to `end`."""
+    if whole:
+        runs = ()
+        for run in tl.static_range(RUNS):
+            runs = runs + (tl.load(logits + first + 32 * run).to(tl.float32),)
     else:
-        x = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
-    return tokens, x
+        runs = ()
+        for run in tl.static_range(RUNS):
+            x = tl.load(logits + first + 32 * run, mask=first + 32 * run < end, other=float("-inf"))
+            runs = runs + (x.to(tl.float32),)
+    return runs
 
 
 @triton.jit
@@ -314,27 +384,41 @@ def weigh(
     thread's tokens are within the bracket is kept as bits, of two tiles: a few in a hundred are, and only they are
     read again.
     """
+    RUNS: tl.constexpr = GROUP // 32
     TILE: tl.constexpr = WARPS * GROUP
     columns = tl.arange(0, 32 * WARPS)
     place = columns // 32 * GROUP + columns % 32  # of a thread's first token in a tile
-    runs = tl.arange(0, GROUP // 32)[:, None]
-    everything, above = tl.zeros((32 * WARPS,), tl.int64), tl.zeros((32 * WARPS,), tl.int64)
+    zero = tl.zeros((32 * WARPS,), tl.int64)
+    everything, above = zero, zero
     bits = tl.zeros((32 * WARPS,), tl.int32)
     number = tl.full((), 0, tl.int32)
     for tile in range(first_tile, end_tile):
-        tokens, x = _load_tile(logits, place[None, :], runs, TILE, tile, vocab_size)  # [GROUP / 32, 32 WARPS]
-        weight = integer_weight(x - row_max, rate)
-        kept = weight
-        if CUT:
-            key = ordered_key(x)
-            kept = tl.where((key > low) | ((key == low) & (tokens <= high.to(tl.int32))), weight, 0)
+        second = (tile - first_tile) % 2
+        runs = _load_runs(logits, tile * TILE + place, vocab_size, (tile + 1) * TILE <= vocab_size, RUNS)
+        all_kept, all_bits = zero, bits * 0
+        for run in tl.static_range(RUNS):
+            x = runs[run]  # [32 WARPS]
+            weight = integer_weight(x - row_max, rate)
+            if CUT:
+                key, token = ordered_key(x), tile * TILE + place + 32 * run
+                weight = tl.where((key > low) | ((key == low) & (token <= high.to(tl.int32))), weight, 0)
+            kept = weight
+            if MIN_P:
+                kept = tl.where(weight >= least_weight, weight, 0)
+            if TOP_P:
+                everything += weight
+                is_above = x > value_of_key(high)
+                all_kept = tl.where(is_above, all_kept + kept, all_kept)
+                if MIN_P:
+                    above = tl.where(is_above, above + weight, above)
+                inside = (x >= value_of_key(low)) & (x <= value_of_key(high))
+                all_bits = tl.where(inside, all_bits | (1 << run), all_bits)
+            else:
+                all_kept += kept
         if TOP_P:
-            kept = tl.where(x > value_of_key(high), weight, 0)
-            everything += tl.sum(weight, axis=0)
-            above += tl.sum(kept, axis=0)
-            inside = (x >= value_of_key(low)) & (x <= value_of_key(high))
-            second = (tile - first_tile) % 2
-            bits |= tl.sum(tl.where(inside, tl.full((), 1, tl.int32) << runs, 0), axis=0) << (second * (GROUP // 32))
+            if not MIN_P:
+                above += all_kept
+            bits |= all_bits << (second * RUNS)
             if (second == 1) | (tile + 1 == end_tile):
                 own_number = _count_bits(bits)
                 more, most = tl.reduce((own_number, own_number), 0, _sum_max)
@@ -343,17 +427,15 @@ def weigh(
                 slot = first + tl.cumsum(own_number, 0) - own_number
                 for _ in range(most):
                     lowest = (bits & -bits).to(tl.uint32, bitcast=True).to(tl.float32)  # its exponent: the bit's number
-                    run = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
-                    token = (tile - second + run // (GROUP // 32)) * TILE + place + run % (GROUP // 32) * 32
+                    bit = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+                    token = (tile - second + bit // RUNS) * TILE + place + bit % RUNS * 32
                     again = tl.load(logits + token, mask=bits != 0, other=0.0).to(tl.float32)
                     entry = (again.to(tl.int32, bitcast=True).to(tl.int64) << 32) | token.to(tl.int64)
                     tl.store(listed + slot, entry, mask=(bits != 0) & (slot < LIST))
                     slot += 1
                     bits &= bits - 1
-        if MIN_P:
-            kept = tl.where(kept >= least_weight, kept, 0)
         groups = tile * WARPS + tl.arange(0, WARPS)
-        tl.store(own + groups, _sums_of_groups(kept, WARPS), mask=groups < num_groups)
+        tl.store(own + groups, _sums_of_groups(all_kept, WARPS), mask=groups < num_groups)
     return number, everything, above
 
 
@@ -408,10 +490,8 @@ def _count_bits(bits):
 
 
 @triton.jit
-def _sums_of_groups(weights, WARPS: tl.constexpr):
-    """The sums [WARPS] of [rows, 32 WARPS] weights, up to 64 rows; of 32-bit numbers over a warp they are one
-    instruction each."""
-    each = tl.sum(weights, axis=0)  # below 2^47
+def _sums_of_groups(each, WARPS: tl.constexpr):
+    """The sums [WARPS] of the threads' [32 WARPS], below 2^47; of 32-bit numbers over a warp they are one instruction."""
     low, high = tl.reshape((each & 0xFFFFFF).to(tl.int32), (WARPS, 32)), tl.reshape(each >> 24, (WARPS, 32))
     return (tl.sum(high.to(tl.int32), axis=1).to(tl.int64) << 24) + tl.sum(low, axis=1)
 
