@@ -125,18 +125,19 @@ def _top_k_lanes(x, values, indices, batch, n, row_stride, k, BITS: tl.constexpr
     A column is a tensor [LANES], of which each thread holds its row's element: so the layout is one row a thread. The
     end of a short row is -inf, which stands behind what the row itself holds.
     """
-    rows = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[:, None]
+    rows = tl.program_id(0) * LANES + tl.arange(0, LANES)[:, None]
+    x += rows.to(tl.int64) * row_stride
     columns = ()
     for first in tl.static_range(0, PER_THREAD, 4):  # 16 bytes of fp32 a load
         index = first + tl.arange(0, 4)[None, :]
-        v = tl.load(x + rows * row_stride + index, mask=(rows < batch) & (index < n), other=float("-inf"))
+        v = tl.load(x + index, mask=(rows < batch) & (index < n), other=float("-inf"))
         even, odd = tl.split(tl.reshape(_pack(v, index, BITS), (LANES, 2, 2)))
         columns = columns + tl.split(even) + tl.split(odd)  # in any order: an element knows its index
     for number in tl.static_range(NUM_EXCHANGES):
         columns = _exchange(columns, EXCHANGES[number][0], EXCHANGES[number][1])
     ranks = tl.arange(0, PER_THREAD)[None, :]
     value, index = _unpack(_side_by_side(columns, 0, PER_THREAD), BITS)
-    _store_sorted(values, indices, rows * k + ranks, value, index, (rows < batch) & (ranks < k))
+    _store_sorted(values, indices, rows.to(tl.int64) * k + ranks, value, index, (rows < batch) & (ranks < k))
 
 
 @triton.jit
