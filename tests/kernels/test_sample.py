@@ -315,10 +315,8 @@ def test_distribution_over_large_vocabularies(kind, vocab_size, options):
     test_distribution_is_exact("cuda", kind, vocab_size, options)
 
 
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.99, 0.999])
-def test_top_p_over_long_rows(device, top_p):
-    """Rows of every shape, so that on a GPU the bracket is sometimes right and sometimes not."""
-    vocab_size = 40_000
+def rows_of_every_shape(vocab_size: int) -> torch.Tensor:
+    """So that on a GPU the bracket of top-p's cut is sometimes right and sometimes not."""
     ramp = torch.arange(vocab_size)
     rows = (
         torch.randn(vocab_size),
@@ -332,9 +330,29 @@ def test_top_p_over_long_rows(device, top_p):
         torch.where(ramp % 9000 == 17, 12.0, torch.randn(vocab_size)),
         torch.where(ramp % 3 == 0, torch.randn(vocab_size), -INFINITY),
     )
-    logits = torch.stack(rows).to(device)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.99, 0.999])
+def test_top_p_over_long_rows(device, top_p):
+    logits = rows_of_every_shape(40_000).to(device)
     check(logits, seed=5, top_p=top_p)
     check(logits, seed=6, top_p=top_p, min_p=0.01, temperature=1.7)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_p": 0.5, "min_p": 0.01}, {"min_p": 0.05}])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_draw_what_few_do(device, options, dtype):
+    """On a GPU a long row is one program's, where there are many rows, and several programs' where there are few."""
+    few = rows_of_every_shape(40_001).to(device, dtype)
+    few[1, 3], few[2, 40_000], few[3] = INFINITY, float("nan"), -INFINITY
+    temperature = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.7, 1.3, 1.0, 1.0], device=device)
+    expected = kernels.sample(few, seed=5, temperature=temperature, return_logprobs=True, **options)
+    assert expected.token_ids.tolist() == by_reference(few, seed=5, temperature=temperature, **options)[0].tolist()
+    many = kernels.sample(few.repeat(20, 1), seed=5, temperature=temperature.repeat(20), return_logprobs=True, **options)
+    assert torch.equal(many.token_ids, expected.token_ids.repeat(20))
+    for got, wanted in zip(many[1:], expected[1:], strict=True):
+        torch.testing.assert_close(got, wanted.repeat(20), rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_a_wrong_distribution_is_noticed(device):
