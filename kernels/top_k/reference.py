@@ -1,8 +1,8 @@
 """Top-K and sampling as the definitions say them: a stable sort, integer weights, one inverse-CDF draw.
 
 The kernels agree with this file bit for bit on every device. What makes that possible is that nothing which decides on
-a token is a floating-point sum: each token's weight is computed by a fixed sequence of correctly rounded fp32 operations
-and then made an integer, and integers add up to the same total in whatever order they are added.
+a token is a floating-point sum: each token's weight is computed by a fixed sequence of correctly rounded operations in
+fp32 and then made an integer, and integers add up to the same total in whatever order they are added.
 
     weight     W = floor(2^40 * 2^y), y = (x - row max) * (log2(e) / temperature), an int64; the likeliest has 2^40.
                2^20 of them stay below 2^61. Cut off is less than 2^-40 of the likeliest token's probability per token.
@@ -81,8 +81,8 @@ def integer_weights(z: Tensor, temperature: Tensor) -> Tensor:
 def _multiply_add(a: Tensor, b: Tensor, c: float) -> Tensor:
     """a * b + c of fp32 numbers, rounded once.
 
-    In fp64 the product is exact, and what the sum loses is known. Rounded to the neighbour whose last bit is 1 (to odd),
-    it is on the same side of every number that fp32 could round at as the exact sum is (Boldo and Melquiond).
+    In fp64 the product is exact, and what the sum loses is known. Rounded to that neighbour whose last bit is 1, it is
+    on the same side as the exact sum of every number at which fp32 may round up or down (Boldo and Melquiond).
     """
     product, summand = a.double() * b.double(), torch.tensor(c, dtype=torch.float32).double()
     total = product + summand

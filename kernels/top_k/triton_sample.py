@@ -4,8 +4,9 @@
     long rows, top-k     a first launch reads the row once, in parallel chunks, and keeps the maximum of each group of
                          neighbours; in a second, one program per row finds the best groups, which hold the best
                          tokens, and does with them what is done with a short row
-    long rows otherwise  maxima of chunks; for top-p a bracket of the cut; weights of groups; the cut, the group into
-                         which the random number falls, and the token in it (triton_top_p.py)
+    long rows otherwise  maxima; for top-p a bracket of the cut; weights of groups; the cut, the group into which the
+                         random number falls, and the token in it (triton_top_p.py). Of many rows each is one program's,
+                         which does all this in one launch while others wait for memory; of few, several programs'
 
 Knows Triton; knows nothing of models. Arguments were checked in op.py.
 """
@@ -281,9 +282,7 @@ def _draw_long(
         row_max = tl.where(finite, row_max, LARGEST)
         max_key = ordered_key(row_max)
         if TOP_P:
-            low, high, close = closer_bracket(
-                low, high, above_low, above_middle, above_high, row_max, rate, mass * p
-            )
+            low, high, close = closer_bracket(low, high, above_low, above_middle, above_high, row_max, rate, mass * p)
             if close == 0:
                 low, high = bracket_of_cut(logits, vocab_size, row_max, rate, p, mass, SAMPLE)
             low, high = as_keys(low, high, p)
@@ -318,7 +317,19 @@ def _draw_long(
             found = between < 0
             if (between > 0) & (between <= MOST):
                 cut, last, found = cut_in_list(
-                    listed, own, number, row_max, rate, target - above, low, high, least_weight, BLOCK, GROUP, LIST, MOST
+                    listed,
+                    own,
+                    number,
+                    row_max,
+                    rate,
+                    target - above,
+                    low,
+                    high,
+                    least_weight,
+                    BLOCK,
+                    GROUP,
+                    LIST,
+                    MOST,
                 )
             if found == 0:
                 if between <= MOST:  # not one value with many ties: no bracket, or too many tokens within it

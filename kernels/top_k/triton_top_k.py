@@ -13,6 +13,8 @@ integers take two. The keys of fp16 and bf16 leave room for the index: there 32 
 Knows Triton; knows nothing of models. Arguments were checked in op.py.
 """
 
+# ruff: noqa: RUF005  tuples are put together as Triton can
+
 import torch
 import triton
 import triton.language as tl
@@ -97,15 +99,15 @@ def _store_sorted(values, indices, places, value, index, wanted):
 
 
 @triton.jit
-def _exchange(columns, I: tl.constexpr, J: tl.constexpr):
-    """Columns I < J of each row, the larger first."""
-    a, b = columns[I], columns[J]
+def _exchange(columns, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """Two columns of each row, the larger element first."""
+    a, b = columns[FIRST], columns[SECOND]
     if a.dtype == tl.float64:  # of which the hardware has no maximum
         falling = a > b
         larger, smaller = tl.where(falling, a, b), tl.where(falling, b, a)
     else:
         larger, smaller = tl.maximum(a, b), tl.minimum(a, b)
-    return columns[:I] + (larger,) + columns[I + 1 : J] + (smaller,) + columns[J + 1 :]
+    return columns[:FIRST] + (larger,) + columns[FIRST + 1 : SECOND] + (smaller,) + columns[SECOND + 1 :]
 
 
 @triton.jit

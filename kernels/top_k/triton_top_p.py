@@ -1,15 +1,22 @@
 """Sampling from rows too long for one program's registers, where any number of tokens may be kept.
 
-    group_maxima   first read (triton_select.py): the maximum of each chunk, and its mass
-    find_bracket   for top-p, one program per row: from a sample of the row, two values between which the cut lies
-    weigh_groups   second read: integer weights, added up by groups of tokens; for top-p all of them, those above the
-                   bracket, and a list of the tokens within it
-    _draw_long     one program per row (triton_sample.py): the cut, from the sums and the list; the group into which the
-                   random number falls, and the token in it
+A row is read twice: its weights need its maximum first. Two ways lead to the cut of top-p, by what is at work on a row:
 
-The sample decides on time alone. What decides on the cut is integer arithmetic over all tokens, and where it does not
-confirm the bracket, or the list is too short for the tokens in it (ten thousand ties, say), `search_row` reads the row
-as often as it takes.
+    one program       bracket_of_cut   from a sample of the row, a guess of two values between which the cut lies
+                      read_row         first read: the maximum, and the masses above those two and above their middle
+                      closer_bracket   by these masses, two values that are much closer to each other
+                      weigh            second read: integer weights, added up by groups of tokens; for top-p all of
+                                       them, those above the bracket, and a list of the tokens within it
+    several programs  group_maxima     first read (triton_select.py): the maximum of each chunk, and its mass
+                      find_bracket     one program: bracket_of_cut, from a larger sample and the row's whole mass
+                      weigh_groups     second read: weigh
+
+and then one program (`_draw_long` in triton_sample.py) finds the cut, from the sums and the list; the group into which
+the random number falls; and the token in it.
+
+Samples and masses decide on time alone. What decides on the cut is integer arithmetic over all tokens, and where it
+does not confirm the bracket, or the list is too short for the tokens in it (ten thousand ties, say), `search_row` reads
+the row as often as it takes.
 
 Knows Triton; knows nothing of how the op is launched.
 """
@@ -211,10 +218,7 @@ def bracket_of_cut(logits, vocab_size, row_max, rate, p, row_mass, SAMPLE: tl.co
         row_max = tl.max(x)
     # y is the logarithm to base 2 of a token's weight over the likeliest one's; a NaN, of a row without answer, is -64.
     y = tl.maximum(tl.minimum(x - row_max, 0.0) * rate, -64.0)  # [SAMPLE]
-    if row_mass is None:
-        total = tl.sum(tl.exp2(y))
-    else:
-        total = row_mass * SAMPLE / vocab_size  # in units of the sample's
+    total = tl.sum(tl.exp2(y)) if row_mass is None else row_mass * SAMPLE / vocab_size  # in units of the sample's
     wanted_below, wanted_above = total * (1.0 - p), total * p
     least, most = tl.reduce((y, y), 0, _min_max)
     unseen_part = 1.0 - SAMPLE / vocab_size.to(tl.float32)
@@ -255,7 +259,7 @@ def read_row(
     largest = tl.full((32 * WARPS,), float("-inf"), tl.float32)  # of what a thread has read, and its sums
     total, mass, above_low, above_middle, above_high = zero, zero, zero, zero, zero
     for tile in range(tl.cdiv(vocab_size, TILE)):
-        runs = _load_runs(logits, tile * TILE + place, vocab_size, (tile + 1) * TILE <= vocab_size, RUNS)
+        runs = _load_tile(logits, place, TILE, tile, vocab_size, RUNS)
         before = largest
         for run in tl.static_range(RUNS):
             largest = larger(largest, runs[run])
@@ -353,17 +357,22 @@ def load_bracket(brackets, row):
 
 
 @triton.jit
-def _load_runs(logits, first, end, whole, RUNS: tl.constexpr):
-    """Runs of 32 neighbours one after another, as so many tensors: those of a row that begin at `first`, up to `end`."""
-    if whole:
-        runs = ()
-        for run in tl.static_range(RUNS):
-            runs = runs + (tl.load(logits + first + 32 * run).to(tl.float32),)
+def _load_runs(logits, first, end, RUNS: tl.constexpr, MASKED: tl.constexpr):
+    runs = ()
+    for run in tl.static_range(RUNS):
+        token = first + 32 * run
+        x = tl.load(logits + token, mask=token < end, other=float("-inf")) if MASKED else tl.load(logits + token)
+        runs += (x.to(tl.float32),)  # type: ignore[assignment]
+    return runs
+
+
+@triton.jit
+def _load_tile(logits, place, TILE: tl.constexpr, tile, vocab_size, RUNS: tl.constexpr):
+    """A tile of a row as RUNS tensors: logits 32 apart, from each thread's `place` on; -inf behind the row's end."""
+    if (tile + 1) * TILE <= vocab_size:
+        runs = _load_runs(logits, tile * TILE + place, vocab_size, RUNS, False)
     else:
-        runs = ()
-        for run in tl.static_range(RUNS):
-            x = tl.load(logits + first + 32 * run, mask=first + 32 * run < end, other=float("-inf"))
-            runs = runs + (x.to(tl.float32),)
+        runs = _load_runs(logits, tile * TILE + place, vocab_size, RUNS, True)
     return runs
 
 
@@ -373,8 +382,8 @@ def weigh(
     CUT: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, LIST: tl.constexpr, ALONE: tl.constexpr,
     WARPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """(number, everything, above): tiles of WARPS groups of a row, GROUP tokens each, are weighed, and the sums of their
-    weights stored in `own` (num_groups): of the tokens that may be drawn; for top-p of those above the bracket alone.
+    """(number, everything, above): tiles of WARPS groups of a row, GROUP tokens each, are weighed, and the sums of the
+    groups' weights stored in `own` (num_groups): of tokens that may be drawn; for top-p, those above the bracket alone.
 
     For top-p, tokens within the bracket go to `listed`, logit above token, in any order. `number` is how many they are,
     where one program weighs the whole row, ALONE; several count them in `counts`. `everything` and `above`
@@ -394,7 +403,7 @@ def weigh(
     number = tl.full((), 0, tl.int32)
     for tile in range(first_tile, end_tile):
         second = (tile - first_tile) % 2
-        runs = _load_runs(logits, tile * TILE + place, vocab_size, (tile + 1) * TILE <= vocab_size, RUNS)
+        runs = _load_tile(logits, place, TILE, tile, vocab_size, RUNS)
         all_kept, all_bits = zero, bits * 0
         for run in tl.static_range(RUNS):
             x = runs[run]  # [32 WARPS]
@@ -411,7 +420,7 @@ def weigh(
                 all_kept = tl.where(is_above, all_kept + kept, all_kept)
                 if MIN_P:
                     above = tl.where(is_above, above + weight, above)
-                inside = (x >= value_of_key(low)) & (x <= value_of_key(high))
+                inside = (x >= value_of_key(low)) & ~is_above
                 all_bits = tl.where(inside, all_bits | (1 << run), all_bits)
             else:
                 all_kept += kept
@@ -491,7 +500,7 @@ def _count_bits(bits):
 
 @triton.jit
 def _sums_of_groups(each, WARPS: tl.constexpr):
-    """The sums [WARPS] of the threads' [32 WARPS], below 2^47; of 32-bit numbers over a warp they are one instruction."""
+    """The sums [WARPS] over warps of [32 WARPS] numbers below 2^47; of 32 bits such a sum is one instruction."""
     low, high = tl.reshape((each & 0xFFFFFF).to(tl.int32), (WARPS, 32)), tl.reshape(each >> 24, (WARPS, 32))
     return (tl.sum(high.to(tl.int32), axis=1).to(tl.int64) << 24) + tl.sum(low, axis=1)
 

@@ -210,7 +210,7 @@ def test_a_weight_is_the_references_to_the_last_bit(device):
 def test_the_reference_rounds_a_multiply_add_once():
     a, b = torch.randn(2000), torch.randn(2000)
     a[:500], b[:500] = 1.0 + 2.0**-23 * torch.arange(500), 2.0 ** (-24.0 - torch.arange(500) % 3)  # near halves
-    for c in (1.0, 0.693147, -2.0**-30):
+    for c in (1.0, 0.693147, -(2.0**-30)):
         got = reference._multiply_add(a, b, c)
         near = torch.stack((got.nextafter(torch.tensor(-9.0)), got, got.nextafter(torch.tensor(9.0)))).tolist()
         c = torch.tensor(c, dtype=torch.float32).item()
@@ -349,7 +349,9 @@ def test_many_rows_draw_what_few_do(device, options, dtype):
     temperature = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.7, 1.3, 1.0, 1.0], device=device)
     expected = kernels.sample(few, seed=5, temperature=temperature, return_logprobs=True, **options)
     assert expected.token_ids.tolist() == by_reference(few, seed=5, temperature=temperature, **options)[0].tolist()
-    many = kernels.sample(few.repeat(20, 1), seed=5, temperature=temperature.repeat(20), return_logprobs=True, **options)
+    many = kernels.sample(
+        few.repeat(20, 1), seed=5, temperature=temperature.repeat(20), return_logprobs=True, **options
+    )
     assert torch.equal(many.token_ids, expected.token_ids.repeat(20))
     for got, wanted in zip(many[1:], expected[1:], strict=True):
         torch.testing.assert_close(got, wanted.repeat(20), rtol=1e-5, atol=1e-5, equal_nan=True)
