@@ -80,7 +80,8 @@ SAMPLE_PART, MAX_SAMPLE = 16, 8192  # a bracket is found from one token in so ma
 GUESS_SAMPLE = 1024  # tokens from which one is guessed
 LIST_PART, MAX_LIST = 4, 2**16  # one token in so many may be within it: there is room for them
 LIST_BLOCKS, MOST_SORTED = 32, 256  # blocks in which a full list is read; tokens left of it in the end
-ALONE_FROM, ALONE_WARPS = 64, 4
+ALONE_FROM = 64  # rows, from which on one program does all of a row
+LEAST_WARPS, MOST_WARPS, WARPS_AT_WORK = 4, 16, 4096  # of such a program; of all that are to be at work at once
 DRAW_REGISTERS = 64  # a thread, at most, so that the programs of 1024 rows are at work at once
 PER_SAMPLE_WARP, PER_GROUPS_WARP = 1024, 1024  # elements that a warp holds: few wait for many
 
@@ -484,8 +485,12 @@ def _group_by_group(job: _Job) -> None:
     alone = batch >= ALONE_FROM and not cut_by_rank
     num_groups = blocks(vocab_size, GROUP)
     list_length = min(power_of_2(vocab_size) // LIST_PART, MAX_LIST)
-    block = 64 * ALONE_WARPS if alone else min(max(256, list_length // LIST_BLOCKS), 1024)
-    warps = ALONE_WARPS if alone else max(4, block // 128) if cut_by_mass else 4
+    if alone:
+        warps = min(max(WARPS_AT_WORK // power_of_2(batch), LEAST_WARPS), MOST_WARPS)
+        block = 64 * warps
+    else:
+        block = min(max(256, list_length // LIST_BLOCKS), 1024)
+        warps = max(4, block // 128) if cut_by_mass else 4
     constants: dict[str, Any] = {
         **job.constants(),
         "CUT": cut_by_rank,

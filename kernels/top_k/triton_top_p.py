@@ -307,7 +307,7 @@ def closer_bracket(low, high, above_low, above_middle, above_high, row_max, rate
     start, most = tl.where(in_upper, low + half, low), tl.where(in_upper, above_middle, above_low)
     mass = tl.where(in_upper, above_middle - above_high, above_low - above_middle)
     n = tl.maximum(mass / tl.exp2((start + 0.5 * half - row_max) * rate), 1.0)  # about
-    part, off = (most - target) / mass, 0.5 * DEVIATIONS / tl.sqrt(n) + 5.0 / n + 0.01
+    part, off = (most - target) / mass, 0.5 * DEVIATIONS / tl.sqrt(n) + 5.0 / n + 0.005
     lower, upper = _rising_to(part - off, rise), _rising_to(part + off, rise)
     known = (half < 0.25 * LARGEST) & (tl.abs(rise) < 20.0)  # neither end is at infinity, neither half is empty
     low, high = tl.where(known, start + half * lower, low), tl.where(known, start + half * upper, high)

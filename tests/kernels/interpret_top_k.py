@@ -71,7 +71,8 @@ def force(path: str) -> None:
     length = 16 if path == "short list" else 1024
     triton_sample.MAX_SAMPLE, triton_sample.MAX_LIST, triton_sample.GROUP = 64, length, 32
     triton_sample.GUESS_SAMPLE = 64
-    triton_sample.ALONE_FROM, triton_sample.ALONE_WARPS = (0, 2) if path == "row by row" else (1000, 2)
+    triton_sample.ALONE_FROM = 0 if path == "row by row" else 1000
+    triton_sample.LEAST_WARPS = triton_sample.MOST_WARPS = 2
     most = 1024 if path == "best groups" else 0
     for module in (triton_select, triton_sample, triton_top_k):
         module.CHUNK, module.MAX_TILE, module.MAX_GROUPS_CHOSEN = 128, 0, most
