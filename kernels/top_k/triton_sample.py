@@ -74,7 +74,7 @@ from kernels.top_k.triton_top_p import (
     weigh_groups,
 )
 
-GROUP = 512  # tokens whose weights are added up; at most, as two groups are bits of 32 for each of 32 threads
+GROUP = 512  # tokens whose weights a warp adds up; at most, as those of two are bits of 32 for each of 32 threads
 WEIGH_GROUPS = 4
 SAMPLE_PART, MAX_SAMPLE = 16, 8192  # a bracket is found from one token in so many
 GUESS_SAMPLE = 1024  # tokens from which one is guessed
@@ -318,20 +318,9 @@ def _draw_long(
             found = between < 0
             if (between > 0) & (between <= MOST):
                 cut, last, found = cut_in_list(
-                    listed,
-                    own,
-                    number,
-                    row_max,
-                    rate,
-                    target - above,
-                    low,
-                    high,
-                    least_weight,
-                    BLOCK,
-                    GROUP,
-                    LIST,
-                    MOST,
-                )
+                    listed, own, number, row_max, rate, target - above, low, high, least_weight,
+                    BLOCK, GROUP, LIST, MOST,
+                )  # fmt: skip
             if found == 0:
                 if between <= MOST:  # not one value with many ties: no bracket, or too many tokens within it
                     low, high, above = tl.full((), 1, tl.uint32), max_key, target * 0
