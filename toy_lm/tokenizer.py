@@ -7,6 +7,7 @@ a text here has no end that a model would have to announce.
 Knows nothing of models, tensors or corpora.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Iterable
@@ -119,6 +120,11 @@ class Tokenizer:
         return self._bytes[token_id]
 
     def decode_bytes(self, token_ids: Iterable[int]) -> bytes:
+        """The bytes that the tokens stand for, one behind the other."""
+        token_ids = tuple(token_ids)
+        if self.is_bytes:
+            with contextlib.suppress(ValueError):  # an id that is no byte is named below
+                return bytes(token_ids)
         return b"".join(self.token_bytes(token_id) for token_id in token_ids)
 
     def decode(self, token_ids: Iterable[int]) -> str:

@@ -83,6 +83,8 @@ def test_bad_input_is_named(tokenizer, tmp_path):
         tokenizer.encode("a\udc80")
     with pytest.raises(ValueError, match=f"token_id: got {tokenizer.vocab_size}"):
         tokenizer.decode([tokenizer.vocab_size])
+    with pytest.raises(ValueError, match="token_id: got 256"):
+        Tokenizer.bytes_tokenizer().decode([65, 256])
     with pytest.raises(ValueError, match="token_id: got -1"):
         tokenizer.token_bytes(-1)
     with pytest.raises(ValueError, match=r"there is no tokenizer.json"):
