@@ -10,9 +10,23 @@ from tests.kernels.test_gluon import disassemble
 
 pytest.importorskip("triton.experimental.gluon")
 
-FLOATS = ("x_ptr", "parts_ptr", "new_x_ptr", "out_ptr", "cos_ptr", "sin_ptr")
+FLOATS = ("x_ptr", "parts_ptr", "new_x_ptr", "projected_ptr", "cos_ptr", "sin_ptr")
 NANOGPT = {"DIM": 384, "BLOCK": 512}
 HEADS = {"num_heads": 6, "num_kv_heads": 6}
+PROJECT = {"token_ptr": None, "new_x_ptr": None, **NANOGPT}
+MANY = {"parts_ptr": None, "PARTS": 0, "SEQUENCES": 16, "WIDTH": 16, "LAST": False}
+# What is compiled, and how often it copies to shared memory in its turn: keys beyond those that there was room for, or
+# what the kernel before has left.
+KERNELS = {
+    "attend": ("attend", {"token_ptr": None, "PARTS": 16, **HEADS, **NANOGPT}, 8),
+    "mlp of one": ("mlp", {"MLP_DIM": 1024, "SEQUENCES": 1, "PARTS": 6, **NANOGPT}, 0),
+    "mlp": ("mlp", {"MLP_DIM": 1024, "SEQUENCES": 8, "PARTS": 6, **NANOGPT}, 0),
+    "logits": ("project", {**PROJECT, "GATED": False, "LAST": True, "SEQUENCES": 1, "WIDTH": 8, "PARTS": 16}, 0),
+    "q, k, v of many": ("project", {**PROJECT, **MANY, "GATED": False}, 0),
+    "hidden units of many": ("project", {**PROJECT, **MANY, "GATED": True}, 0),
+    "o of many": ("add", {"K": 384, "CHUNKS": 8, "DIM": 384}, 4),
+    "down of many": ("add", {"K": 1024, "CHUNKS": 16, "DIM": 384}, 8),
+}
 
 
 def compile_kernel(kernel, constants):
@@ -34,23 +48,29 @@ def compile_kernel(kernel, constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
 
 
-@pytest.mark.parametrize("sequences", [1, 4])
-@pytest.mark.parametrize("name", ["attend", "mlp", "logits"])
-def test_weights_are_loaded_before_it_is_the_kernels_turn(name: str, sequences: int, tmp_path):
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_are_loaded_before_it_is_the_kernels_turn(name: str, tmp_path):
     from kernels.decode_step import gluon_decode_step
 
-    constants = {"SEQUENCES": sequences, "PARTS": 6, **NANOGPT}
-    constants |= {"attend": {"token_ptr": None, **HEADS}, "mlp": {"MLP_DIM": 1024, "WIDTH": 8}, "logits": {}}[name]
-    compiled = compile_kernel(getattr(gluon_decode_step, name), constants)
+    kernel, constants, copies = KERNELS[name]
+    compiled = compile_kernel(getattr(gluon_decode_step, kernel), constants)
     before, after = disassemble(compiled, tmp_path).split("ACQBULK")  # griddepcontrol.wait
     used = resources(compiled)
     assert used.spilled_bytes <= 32 and used.shared_bytes <= 227 * 1024
-    assert before.count("LDSM") >= 24 and "HMMA" not in before  # the weights are where the matrix units take them from
+    assert before.count("LDSM") >= 4 and "HMMA" not in before  # the weights are where the matrix units take them from
     assert "HMMA" in after and "LDG.E.U16" not in after
-    # What is still copied are keys beyond the first 512; what is still loaded are x and the parts.
-    copies = 8 if name == "attend" else 0
     assert after.count("LDGSTS") == copies
     assert ("PREEXIT" in before) == (name != "logits")  # griddepcontrol.launch_dependents
+
+
+def test_older_keys_of_many_are_copied_before_it_is_the_kernels_turn(tmp_path):
+    from kernels.decode_step import gluon_decode_step
+
+    compiled = compile_kernel(gluon_decode_step.attend_many, HEADS)
+    before, after = disassemble(compiled, tmp_path).split("ACQBULK")
+    used = resources(compiled)
+    assert used.spilled_bytes == 0 and used.shared_bytes <= 227 * 1024
+    assert before.count("LDGSTS") == 48 and "HMMA" not in before and "HMMA" in after and "PREEXIT" in before
 
 
 def test_what_they_take():
