@@ -442,7 +442,7 @@ def _whole_row(job: _Job) -> None:
         "NUM_GROUPS": 0,
         "NUM_CHUNKS": 0,
     }
-    launch(_sample_tile, batch, arguments, constants, tile_warps(tile), early=True)
+    launch(_sample_tile, batch, arguments, constants, tile_warps(tile), early=batch <= EARLY_ROWS)
 
 
 def _best_groups(job: _Job) -> None:
