@@ -47,7 +47,7 @@ def window_start(num_tokens: int, context: int) -> int:
 
 
 def pack(model: Transformer, int8: bool = False) -> kernels.DecodeWeights:
-    """The model's weights as `kernels.decode_step` takes them; the model's own become views of these.
+    """The model's weights as `kernels.decode_step` takes them; the model's own become views of what these are made from.
 
     int8: the matrices rounded to int8; the model's own, with which prompts are read, become what these stand for.
     """
@@ -78,11 +78,11 @@ def pack(model: Transformer, int8: bool = False) -> kernels.DecodeWeights:
         sin=decoder.rotary.sin,
     )
     if not int8:
-        return weights
+        return weights.packed()
     rounded = weights.to_int8()
     for name in ("qkv", "o", "gate_up", "down"):
         getattr(weights, name).copy_(getattr(rounded, name) * getattr(rounded, f"{name}_scale")[..., None])
-    return rounded
+    return rounded.packed()
 
 
 class PromptReader:

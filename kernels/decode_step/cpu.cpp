@@ -8,12 +8,15 @@
 //   5. x = x + W_down hidden                      rows of W_down
 // and at the end logits = embedding norm(x).
 //
-// A product holds kRows weight rows against kColumns sequences in registers, so that a weight that was read serves
-// every sequence of the tile. An output is a sum over the inner dimension, lane by lane and then across lanes, in an
-// order that depends on neither the batch nor the number of threads. Weights and caches are fp32 or bf16, widened to
-// fp32 when loaded, and so are int8 weights, whose rows' scales multiply the outputs; everything else is fp32. Where
-// the machine multiplies pairs of bf16 faster (AMX), it does so for bf16 weights, at every batch size, and the
-// sequences are rounded to bf16 for it.
+// The weights come packed (op.py: DecodeWeights.packed): kLanes rows side by side, so that a vector of them times one
+// activation is a step of kLanes outputs' sums, and what is read lies in a line. A tile of rows and sequences stays in
+// registers, so that a weight that was read serves every sequence of the tile. An output is a sum over the inner
+// dimension, one product after the other, in an order that depends on neither the batch nor the number of threads.
+//
+// A bf16 model is multiplied in pairs of bf16 where the machine does that faster than in floats, its int8 weights too,
+// and the activations are rounded for it. Else weights are widened to fp32 when loaded; the scales of int8 rows multiply
+// the outputs. Caches are fp32 or bf16, everything else is fp32. Weights that are not packed are multiplied row by row;
+// AMX takes bf16 ones so, at every batch size.
 //
 // Knows torch's stable ABI and the vectors of microkernels.h; knows nothing of how it is compiled (load.py).
 
@@ -39,8 +42,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int kLanes = kWidth<float>;
-constexpr int kRows = 4, kColumns = kRegisters >= 32 ? 4 : 2;  // accumulators of a product's tile: kRows x kColumns
-constexpr int64_t kGrain = 1 << 14;                            // multiplications that are worth another thread
+constexpr int kColumns = kRegisters >= 32 ? 8 : 4;  // sequences of a product's widest tile
+constexpr int64_t kGrain = 1 << 14;                 // multiplications that are worth another thread
 
 template <class T>
 const T* data(const Tensor& x) {
@@ -54,6 +57,15 @@ inline float to_float(BFloat16 x) {
 }
 inline void narrow(float x, float* to) { *to = x; }
 inline void narrow(float x, BFloat16* to) { to->bits = torch::headeronly::BFloat16(x).x; }
+
+// One number at p, or kLanes of them: what a product leaves at once.
+template <class V>
+inline V read(const float* p) {
+  if constexpr (sizeof(V) == sizeof(float)) return *p;
+  else return load(p);
+}
+inline void write(float* p, float x) { *p = x; }
+inline void write(float* p, Vec<float> x) { store(p, x); }
 
 // kLanes numbers, rounded as one by one.
 inline void narrow(Vec<float> x, float* to) { store(to, x); }
@@ -147,66 +159,152 @@ float dot(const T* w, const float* x, int64_t size) {
   return rest;
 }
 
-// out[r][c] = w[r] . x[c] for kR rows of weights and kC columns of activations, rows `stride` apart in both.
-template <int kR, int kC, class T>
-void multiply_tile(const T* w, int64_t w_stride, const float* x, int64_t size, float (&out)[kRows][kColumns]) {
-  Vec<float> sums[kR][kC] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    Vec<float> columns[kC];
-    for (int c = 0; c < kC; ++c) columns[c] = load(x + c * size + i);
-    for (int r = 0; r < kR; ++r) {
-      const Vec<float> row = widen(w + r * w_stride + i);
-      for (int c = 0; c < kC; ++c) sums[r][c] += row * columns[c];
-    }
-  }
-  if constexpr (kR * kC % kLanes == 0 && kC == kColumns) {
-    for (int v = 0; v < kR * kC; v += kLanes) store(&out[0][0] + v, totals(&sums[0][0] + v));
-  } else {
-    for (int r = 0; r < kR; ++r)
-      for (int c = 0; c < kC; ++c) out[r][c] = total(sums[r][c]);
-  }
-  for (int r = 0; r < kR && i < size; ++r) {
-    for (int c = 0; c < kC; ++c) {
-      for (int64_t j = i; j < size; ++j) out[r][c] += to_float(w[r * w_stride + j]) * x[c * size + j];
-    }
-  }
-}
+// A matrix of the model: [rows][size], or packed, [rows / lanes][size / depth][lanes][depth].
+struct Matrix {
+  const void* data;
+  int64_t rows, size, lanes = 1, depth = 1;
 
-template <int kR, class T, class F>
-void multiply_rows(const T* w, int64_t w_stride, const float* x, int64_t batch, int64_t size, const F& use) {
-  float out[kRows][kColumns];
-  int64_t b = 0;
-  for (; b + kColumns <= batch; b += kColumns) {
-    multiply_tile<kR, kColumns>(w, w_stride, x + b * size, size, out);
-    for (int c = 0; c < kColumns; ++c) use(b + c, out, c);
+  Matrix(const Tensor& w, int64_t layer, int64_t element_bytes) {
+    const int64_t dims = w.dim();
+    rows = w.size(dims - 2), size = w.size(dims - 1);
+    if (dims > 3) {
+      lanes = rows, depth = size;
+      rows = w.size(dims - 4) * lanes, size = w.size(dims - 3) * depth;
+    }
+    data = static_cast<const char*>(w.const_data_ptr()) + layer * rows * size * element_bytes;
   }
-  for (; b < batch; ++b) {
-    multiply_tile<kR, 1>(w, w_stride, x + b * size, size, out);
-    use(b, out, 0);
-  }
-}
 
-// use(n, b, value) with value = w[n] . x[b], for the rows n from begin to end of w [rows][size] and all x
-// [batch][size].
-template <class T, class F>
-void multiply_range(const T* w, int64_t begin, int64_t end, const float* x, int64_t batch, int64_t size, const F& use) {
-  int64_t n = begin;
-  for (; n + kRows <= end; n += kRows) {
-    multiply_rows<kRows>(w + n * size, size, x, batch, size, [&](int64_t b, auto& out, int c) {
-      for (int r = 0; r < kRows; ++r) use(n + r, b, out[r][c]);
-    });
+  template <class W>
+  W at(int64_t n, int64_t i) const {
+    const int64_t step = n / lanes * (size / depth) + i / depth;
+    return static_cast<const W*>(data)[(step * lanes + n % lanes) * depth + i % depth];
   }
-  for (; n < end; ++n)
-    multiply_rows<1>(w + n * size, size, x, batch, size, [&](int64_t b, auto& out, int c) { use(n, b, out[0][c]); });
-}
+};
+
+// Products with packed weights. A step takes the kDepth columns of kLanes rows that lie together as kParts vectors, and
+// multiplies each by an activation of its own.
+template <class W>
+constexpr int kDepth = sizeof(W) == 4 ? 1 : 2;
+
+template <class W>
+struct Widened {
+  using Weight = W;
+  using Activation = float;
+  using Part = Vec<float>;
+  static constexpr int kParts = kDepth<W>;
+
+  static void load_step(const float* w, Part* parts) { parts[0] = load(w); }
+  static void load_step(const BFloat16* w, Part* parts) {
+    Vec<uint32_t> both;
+    std::memcpy(&both, w, sizeof both);
+    parts[0] = (Part)(both << 16);
+    parts[1] = (Part)(both & 0xffff0000u);
+  }
+  static void load_step(const int8_t* w, Part* parts) {
+    typedef int16_t Both __attribute__((vector_size(kLanes * 2)));
+    Both both;
+    std::memcpy(&both, w, sizeof both);
+    const Bits<float> wide = __builtin_convertvector(both, Bits<float>);
+    parts[0] = __builtin_convertvector((wide << 24) >> 24, Part);
+    parts[1] = __builtin_convertvector(wide >> 8, Part);
+  }
+  static Vec<float> add(Vec<float> sum, Part w, float x) { return sum + w * x; }
+};
 
 #if defined(TOY_LM_BF16_PAIRS)
-// The same for bf16 weights where the machine multiplies pairs of them: x is rounded to bf16, `pairs` has it as
-// [size / 2][columns][2], and all sequences go through the tiles at once.
-constexpr int64_t kPairRows = 32, kTransposed = 4;  // rows in a block; sequences that are worth a transposition
+template <class W>
+struct Paired {
+  using Weight = W;
+  using Activation = uint32_t;  // two, as bf16
+  using Part = __m512bh;
+  static constexpr int kParts = 1;
 
-inline bool in_pairs(int64_t size) { return size % 32 == 0 && Bf16PairProducts::worthwhile(); }
+  static void load_step(const BFloat16* w, Part* parts) { parts[0] = (Part)_mm512_loadu_si512(w); }
+  static void load_step(const int8_t* w, Part* parts) {
+    parts[0] = _mm512_cvtne2ps_pbh((__m512)widen(w + kLanes), (__m512)widen(w));
+  }
+  static Vec<float> add(Vec<float> sum, Part w, uint32_t x) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, w, (Part)_mm512_set1_epi32(int(x)));
+  }
+};
+#endif
+
+// out[r * kC + c] = w[r] . x[c] for kBlocks blocks of kLanes rows and kC sequences. What comes next is asked for
+// meanwhile: a core that has products to do does not run far enough ahead by itself.
+template <class A, int kBlocks, int kC>
+TOY_LM_NOINLINE void multiply_tile(const typename A::Weight* w, int64_t steps, const typename A::Activation* x,
+                                   Vec<float>* out) {
+  constexpr int64_t kStep = kLanes * kDepth<typename A::Weight>;
+  Vec<float> sums[kBlocks][kC] = {};
+  for (int64_t l = 0; l < steps; ++l) {
+    typename A::Part parts[kBlocks][A::kParts];
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlocks; ++r) {
+      A::load_step(w + (r * steps + l) * kStep, parts[r]);
+      __builtin_prefetch(w + ((r + kBlocks) * steps + l) * kStep, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c)
+#pragma GCC unroll 2
+      for (int part = 0; part < A::kParts; ++part)
+#pragma GCC unroll 8
+        for (int r = 0; r < kBlocks; ++r)
+          sums[r][c] = A::add(sums[r][c], parts[r][part], x[(c * steps + l) * A::kParts + part]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlocks; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) out[r * kC + c] = sums[r][c];
+}
+
+// use(n, b, values) with the products of the rows n to n + kLanes - 1 and x[b], for the blocks from `block` on and the
+// sequences from b on: kC at a time, then half as many.
+template <class A, int kBlocks, int kC, class F>
+void multiply_blocks(const typename A::Weight* w, int64_t block, int64_t steps, const typename A::Activation* x,
+                     int64_t b, int64_t batch, const F& use) {
+  Vec<float> out[kBlocks * kC];
+  for (; b + kC <= batch; b += kC) {
+    multiply_tile<A, kBlocks, kC>(w + block * steps * kLanes * kDepth<typename A::Weight>, steps,
+                                  x + b * steps * A::kParts, out);
+    for (int r = 0; r < kBlocks; ++r)
+      for (int c = 0; c < kC; ++c) use((block + r) * kLanes, b + c, out[r * kC + c]);
+  }
+  if constexpr (kC > 1) multiply_blocks<A, kBlocks, kC / 2>(w, block, steps, x, b, batch, use);
+}
+
+template <class A, class F>
+void multiply_packed(const Matrix& w, const typename A::Activation* x, int64_t batch, const F& use) {
+  const int64_t blocks = w.rows / kLanes, steps = w.size / w.depth;
+  const auto* weights = static_cast<const typename A::Weight*>(w.data);
+  const int64_t grain = std::max<int64_t>(1, kGrain / (4 * kLanes * w.size));
+  torch::stable::parallel_for(0, (blocks + 3) / 4, grain, [&](int64_t begin, int64_t end) {
+    int64_t n = 4 * begin;
+    end = std::min(blocks, 4 * end);
+    if (batch < kColumns)  // the fewer sequences, the more rows: sums enough to hide the latency of an addition
+      for (; n + 4 <= end; n += 4) multiply_blocks<A, 4, kColumns / 2>(weights, n, steps, x, 0, batch, use);
+    for (; n + 2 <= end; n += 2) multiply_blocks<A, 2, kColumns>(weights, n, steps, x, 0, batch, use);
+    for (; n < end; ++n) multiply_blocks<A, 1, kColumns>(weights, n, steps, x, 0, batch, use);
+  });
+}
+
+// The same with rows from `first` on that are not packed.
+template <class W, class F>
+void multiply_rows(const Matrix& w, int64_t first, const float* x, int64_t batch, const F& use) {
+  if (first == w.rows) return;
+  const int64_t grain = std::max<int64_t>(1, kGrain / w.size);
+  torch::stable::parallel_for(first, w.rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t b = 0; b < batch; ++b)
+        use(n, b, dot(static_cast<const W*>(w.data) + n * w.size, x + b * w.size, w.size));
+  });
+}
+
+#if defined(TOY_LM_AMX)
+// The same for bf16 weights with AMX: x is rounded to bf16, `pairs` has it as [size / 2][columns][2], and all sequences
+// go through the tiles at once.
+inline bool in_tiles(int64_t size) { return size % 32 == 0 && tiles_granted(); }
+
+constexpr int64_t kPairRows = 32, kTransposed = 4;  // rows in a block; sequences that are worth a transposition
 
 // use(n + r, b, products[r][b]) for products [rows][columns], `batch` columns of which count.
 template <class F>
@@ -226,10 +324,9 @@ void use_block(const float* products, int64_t columns, int64_t n, int64_t rows, 
   }
 }
 
-#if defined(TOY_LM_AMX)
 // Up to 16 sequences fit a tile. One as narrow as they are takes less time to write, to hand to another core and to
 // load: for a single sequence it is a sixteenth.
-inline bool fits_a_tile(int64_t batch) { return batch <= 16 && tiles_granted(); }
+inline bool fits_a_tile(int64_t batch) { return batch <= 16; }
 
 template <class F>
 void multiply_in_a_tile(const BFloat16* w, int64_t begin, int64_t end, const uint32_t* pairs, int64_t batch,
@@ -263,19 +360,14 @@ void multiply_in_a_tile(const BFloat16* w, int64_t begin, int64_t end, const uin
   }
   _tile_release();
 }
-#else
-inline bool fits_a_tile(int64_t) { return false; }
-#endif
 
 inline int64_t pair_columns(int64_t batch) { return fits_a_tile(batch) ? batch : (batch + 15) / 16 * 16; }
 
 template <class F>
 void multiply_pairs(const BFloat16* w, int64_t begin, int64_t end, const std::vector<uint32_t>& pairs, int64_t batch,
                     int64_t size, const F& use) {
-#if defined(TOY_LM_AMX)
   if (fits_a_tile(batch)) return multiply_in_a_tile(w, begin, end, pairs.data(), batch, size, use);
-#endif
-  [[maybe_unused]] const Bf16PairProducts::Session session;
+  const Bf16PairProducts::Session session;
   const int64_t columns = pair_columns(batch);
   std::vector<float> products(kPairRows * columns);
   for (int64_t n = begin; n < end; n += kPairRows) {
@@ -303,41 +395,59 @@ void pack_pairs(const float* x, int64_t batch, int64_t size, std::vector<uint32_
     transpose(by_sequence.data(), half, batch, half, pairs.data(), columns);
   }
 }
+
+template <class F>
+void multiply_tiles(const Matrix& w, int64_t rows, const float* x, int64_t batch, const F& use) {
+  std::vector<uint32_t> pairs;
+  pack_pairs(x, batch, w.size, pairs);
+  const int64_t tiles = (rows + kPairRows - 1) / kPairRows;
+  const int64_t grain = std::max<int64_t>(1, 4 * kGrain / (kPairRows * w.size));  // these cost a quarter
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    multiply_pairs(static_cast<const BFloat16*>(w.data), begin * kPairRows, std::min(rows, end * kPairRows), pairs,
+                   batch, w.size, use);
+  });
+}
+#else
+inline bool in_tiles(int64_t) { return false; }
 #endif
 
-template <class W, class F>
-void multiply(const W* w, int64_t rows, const float* x, int64_t batch, int64_t size, const F& use) {
-  int64_t first = 0;  // of the rows that are not multiplied in pairs
+// use(n, b, value) with the products of row n and x[b], one or kLanes of them, for a model of T.
+template <class T, class W, class F>
+void multiply(const Matrix& w, const float* x, int64_t batch, const F& use) {
+  if (w.lanes > 1) {
 #if defined(TOY_LM_BF16_PAIRS)
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (Bf16PairProducts::worthwhile()) {
+        std::vector<uint32_t> pairs(batch * w.size / 2);
+        narrow(x, batch * w.size, reinterpret_cast<BFloat16*>(pairs.data()));
+        return multiply_packed<Paired<W>>(w, pairs.data(), batch, use);
+      }
+    }
+#endif
+    return multiply_packed<Widened<W>>(w, x, batch, use);
+  }
+  int64_t first = 0;  // of the rows that are multiplied one by one
+#if defined(TOY_LM_AMX)
   if constexpr (std::is_same_v<W, BFloat16>) {
-    if (in_pairs(size)) {
-      first = rows / 16 * 16;
-      std::vector<uint32_t> pairs;
-      pack_pairs(x, batch, size, pairs);
-      const int64_t tiles = (first + kPairRows - 1) / kPairRows;
-      const int64_t grain = std::max<int64_t>(1, 4 * kGrain / (kPairRows * size));  // these cost a quarter
-      torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-        multiply_pairs(w, begin * kPairRows, std::min(first, end * kPairRows), pairs, batch, size, use);
-      });
+    if (in_tiles(w.size)) {
+      first = w.rows / 16 * 16;
+      multiply_tiles(w, first, x, batch, use);
     }
   }
 #endif
-  const int64_t tiles = (rows - first + kRows - 1) / kRows, grain = std::max<int64_t>(1, kGrain / (kRows * size));
-  if (tiles == 0) return;
-  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-    multiply_range(w, first + begin * kRows, std::min(rows, first + end * kRows), x, batch, size, use);
-  });
+  multiply_rows<W>(w, first, x, batch, use);
 }
 
-// The same with the matrix of one layer, w [num_layers][rows][size], int8 where it has scales [num_layers][rows].
+// The same with the matrix of one layer, int8 where it has scales [num_layers][rows].
 template <class T, class F>
 void multiply(const Tensor& w, const OptionalTensor& scale, int64_t layer, const float* x, int64_t batch,
               const F& use) {
-  const int64_t rows = w.size(1), size = w.size(2), at = layer * rows * size;
-  if (!scale.has_value()) return multiply(data<T>(w) + at, rows, x, batch, size, use);
-  const float* scales = data<float>(*scale) + layer * rows;
-  multiply(data<int8_t>(w) + at, rows, x, batch, size,
-           [&](int64_t n, int64_t b, float value) { use(n, b, value * scales[n]); });
+  if (!scale.has_value()) return multiply<T, T>(Matrix(w, layer, sizeof(T)), x, batch, use);
+  const Matrix matrix(w, layer, sizeof(int8_t));
+  const float* scales = data<float>(*scale) + layer * matrix.rows;
+  multiply<T, int8_t>(matrix, x, batch, [&](int64_t n, int64_t b, auto value) {
+    use(n, b, value * read<decltype(value)>(scales + n));
+  });
 }
 
 // hidden[b][n] = silu(gate) * up, from what the products left: [batch][2 rows], the gates before the ups.
@@ -450,9 +560,9 @@ struct Arguments {
   int64_t num_kv_heads() const { return k_cache.size(2); }
   int64_t capacity() const { return k_cache.size(3); }
   int64_t head_dim() const { return k_cache.size(4); }
-  int64_t num_heads() const { return o.size(2) / head_dim(); }
-  int64_t model_dim() const { return embedding.size(1); }
-  int64_t mlp_dim() const { return down.size(2); }
+  int64_t num_heads() const { return Matrix(o, 0, 0).size / head_dim(); }
+  int64_t model_dim() const { return Matrix(o, 0, 0).rows; }
+  int64_t mlp_dim() const { return Matrix(down, 0, 0).size; }
 };
 
 // Pass 2: norms, rotation, cache and attention, from the projections qkv [batch][rows] to out [batch][heads *
@@ -491,36 +601,39 @@ void attention_pass(const Arguments& a, int64_t layer, std::vector<float>& qkv, 
 
 template <class T>
 Tensor run(const Arguments& a) {
-  const int64_t batch = a.batch(), dim = a.model_dim(), mlp_dim = a.mlp_dim(), vocab_size = a.embedding.size(0);
-  const int64_t attended = a.num_heads() * a.head_dim(), projected = a.qkv.size(1);
+  const Matrix embedding(a.embedding, 0, sizeof(T));
+  const int64_t batch = a.batch(), dim = a.model_dim(), mlp_dim = a.mlp_dim(), vocab_size = embedding.rows;
+  const int64_t attended = a.num_heads() * a.head_dim(), projected = Matrix(a.qkv, 0, 0).rows;
   std::vector<float> x(batch * dim), normed(batch * dim), qkv(batch * projected), out(batch * attended),
       hidden(batch * mlp_dim);
   std::vector<float> gated(batch * 2 * mlp_dim);
   for (int64_t b = 0; b < batch; ++b) {
-    const T* row = data<T>(a.embedding) + std::max<int64_t>(0, data<int64_t>(a.token_ids)[b]) * dim;
-    for (int64_t i = 0; i < dim; ++i) x[b * dim + i] = to_float(row[i]);
+    const int64_t row = std::max<int64_t>(0, data<int64_t>(a.token_ids)[b]);
+    for (int64_t i = 0; i < dim; ++i) x[b * dim + i] = to_float(embedding.at<T>(row, i));
   }
   const auto norm_all = [&](const T* scale) {
     for (int64_t b = 0; b < batch; ++b) norm(&x[b * dim], scale, dim, a.norm_eps, &normed[b * dim]);
   };
-  const auto add = [&](int64_t n, int64_t b, float value) { x[b * dim + n] += value; };
+  const auto add = [&](int64_t n, int64_t b, auto value) {
+    write(&x[b * dim + n], read<decltype(value)>(&x[b * dim + n]) + value);
+  };
   for (int64_t layer = 0; layer < a.num_layers(); ++layer) {
     norm_all(data<T>(a.input_norm) + layer * dim);
     multiply<T>(a.qkv, a.qkv_scale, layer, normed.data(), batch,
-                [&](int64_t n, int64_t b, float value) { qkv[b * projected + n] = value; });
+                [&](int64_t n, int64_t b, auto value) { write(&qkv[b * projected + n], value); });
     attention_pass<T>(a, layer, qkv, out);
     multiply<T>(a.o, a.o_scale, layer, out.data(), batch, add);
     norm_all(data<T>(a.post_norm) + layer * dim);
     multiply<T>(a.gate_up, a.gate_up_scale, layer, normed.data(), batch,
-                [&](int64_t n, int64_t b, float value) { gated[b * 2 * mlp_dim + n] = value; });
+                [&](int64_t n, int64_t b, auto value) { write(&gated[b * 2 * mlp_dim + n], value); });
     gate(gated.data(), mlp_dim, batch, hidden.data());
     multiply<T>(a.down, a.down_scale, layer, hidden.data(), batch, add);
   }
   norm_all(data<T>(a.final_norm));
   Tensor logits = torch::stable::new_empty(a.embedding, {batch, vocab_size}, ScalarType::Float);
   float* written = static_cast<float*>(logits.mutable_data_ptr());
-  multiply(data<T>(a.embedding), vocab_size, normed.data(), batch, dim,
-           [&](int64_t n, int64_t b, float value) { written[b * vocab_size + n] = value; });
+  multiply<T, T>(embedding, normed.data(), batch,
+                 [&](int64_t n, int64_t b, auto value) { write(&written[b * vocab_size + n], value); });
   return logits;
 }
 
@@ -531,16 +644,25 @@ Tensor decode_step(Tensor token_ids, Tensor positions, Tensor k_cache, Tensor v_
   const Arguments a{token_ids, positions, k_cache,   v_cache,   embedding,     input_norm, qkv,
                     q_norm,    k_norm,    o,         post_norm, gate_up,       down,       final_norm,
                     cos,       sin,       qkv_scale, o_scale,   gate_up_scale, down_scale, norm_eps};
+  const int64_t vocab_size = Matrix(embedding, 0, 0).rows;
   for (int64_t b = 0; b < a.batch(); ++b) {
     const int64_t position = data<int32_t>(positions)[b], token = data<int64_t>(token_ids)[b];
     STD_TORCH_CHECK(position >= 0 && position < std::min(a.capacity(), cos.size(0)), "positions: got ", position,
                     " for sequence ", b, ", allowed are 0 to ", std::min(a.capacity(), cos.size(0)) - 1);
-    STD_TORCH_CHECK(token >= -1 && token < embedding.size(0), "token_ids: got ", token, " for sequence ", b,
-                    ", allowed are -1 to ", embedding.size(0) - 1);
+    STD_TORCH_CHECK(token >= -1 && token < vocab_size, "token_ids: got ", token, " for sequence ", b,
+                    ", allowed are -1 to ", vocab_size - 1);
   }
   return embedding.scalar_type() == ScalarType::Float ? run<float>(a) : run<BFloat16>(a);
 }
 
+// How many rows of this matrix [...][rows][size] should lie side by side.
+int64_t rows_together(Tensor matrix) {
+  return matrix.scalar_type() == ScalarType::BFloat16 && in_tiles(matrix.size(matrix.dim() - 1)) ? 1 : kLanes;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }
+STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, m) {
+  m.impl("decode_step", TORCH_BOX(&decode_step));
+  m.impl("rows_together", TORCH_BOX(&rows_together));
+}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.decode_step import reference
-from kernels.load import ensure
+from kernels.load import ensure, is_fused
 
 DTYPES = (torch.float32, torch.bfloat16)
 MATRICES = ("qkv", "o", "gate_up", "down")  # may be int8
@@ -33,6 +33,7 @@ _library.define(
     f"{_WEIGHTS}, float norm_eps) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("rows_together(Tensor matrix) -> int")
 
 
 class DecodeWeights(NamedTuple):
@@ -40,7 +41,8 @@ class DecodeWeights(NamedTuple):
 
     Contiguous, in one dtype, fp32 or bf16 (cos and sin: fp32). qkv has the rows of all query heads, then of all key
     heads, then of all value heads; gate_up those of the gate, then those of the up projection. Each of the four
-    matrices may be int8, and then has a scale for each of its rows; what it stands for is their product.
+    matrices may be int8, and then has a scale for each of its rows; what it stands for is their product. The embedding
+    and the matrices may be packed.
     """
 
     embedding: Tensor  # (vocab_size, model_dim), also the head
@@ -69,6 +71,33 @@ class DecodeWeights(NamedTuple):
             rounded[name] = (matrix / scale[..., None]).round().to(torch.int8)
             rounded[f"{name}_scale"] = scale
         return self._replace(**rounded)
+
+    def packed(self) -> "DecodeWeights":
+        """The embedding and the matrices in the order in which the kernel of their device reads them.
+
+        On a CPU (..., rows / lanes, size / depth, lanes, depth): the `lanes` outputs of a vector side by side, and two
+        numbers of each, where they are of two bytes or one. What cannot be divided so stays as it is, and takes longer.
+        """
+        if self.embedding.device.type != "cpu" or not is_fused("cpu"):
+            return self
+        matrices = {name: getattr(self, name) for name in ("embedding", *MATRICES)}
+        return self._replace(**{name: _pack(matrix) for name, matrix in matrices.items()})
+
+
+def _pack(matrix: Tensor) -> Tensor:
+    *_, rows, size = matrix.shape
+    lanes, depth = torch.ops.kernels.rows_together(matrix), 1 if matrix.itemsize == 4 else 2
+    if lanes == 1 or rows % lanes or size % depth:
+        return matrix
+    return matrix.unflatten(-1, (-1, depth)).unflatten(-3, (-1, lanes)).transpose(-3, -2).contiguous()
+
+
+def _unpacked_shape(matrix: Tensor) -> torch.Size:
+    """The shape, ending in (rows, size), of a matrix that may be packed."""
+    if matrix.dim() <= 3:
+        return matrix.shape
+    *before, blocks, steps, lanes, depth = matrix.shape
+    return torch.Size((*before, blocks * lanes, steps * depth))
 
 
 def decode_step(
@@ -107,9 +136,9 @@ def _check(token_ids: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tenso
         layout = "(num_layers, batch, num_kv_heads, capacity, head_dim)"
         raise ValueError(f"k_cache: got {k_cache.dim()} dimensions {tuple(k_cache.shape)}, needs {layout}")
     num_layers, batch, num_kv_heads, _, head_dim = k_cache.shape
-    vocab_size, model_dim = weights.embedding.shape
-    num_heads = weights.o.shape[-1] // head_dim
-    mlp_dim, max_seqlen = weights.down.shape[-1], weights.cos.shape[0]
+    vocab_size, model_dim = _unpacked_shape(weights.embedding)
+    num_heads = _unpacked_shape(weights.o)[-1] // head_dim
+    mlp_dim, max_seqlen = _unpacked_shape(weights.down)[-1], weights.cos.shape[0]
     if num_heads % num_kv_heads:
         raise ValueError(f"k_cache: got {num_kv_heads} heads, needs a divisor of the weights' {num_heads}")
     expected = {
@@ -146,8 +175,9 @@ def _check(token_ids: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tenso
     if dtype not in DTYPES:
         raise ValueError(f"weights: got {dtype}, allowed are float32 and bfloat16")
     for name, x in tensors.items():
-        if x.shape != expected[name]:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, needs {tuple(expected[name])}")
+        shape = _unpacked_shape(x) if name in ("embedding", *MATRICES) else x.shape
+        if shape != expected[name]:
+            raise ValueError(f"{name}: got shape {tuple(shape)}, needs {tuple(expected[name])}")
         if x.dtype != special.get(name, dtype):
             raise ValueError(f"{name}: got {x.dtype}, needs {special.get(name, dtype)}")
         if x.device != token_ids.device:
@@ -157,7 +187,7 @@ def _check(token_ids: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tenso
 
 
 def _fake(token_ids, positions, k_cache, v_cache, embedding, *rest):
-    return token_ids.new_empty((token_ids.shape[0], embedding.shape[0]), dtype=torch.float32)
+    return token_ids.new_empty((token_ids.shape[0], _unpacked_shape(embedding)[0]), dtype=torch.float32)
 
 
 torch.library.register_fake("kernels::decode_step", _fake, lib=_library)
