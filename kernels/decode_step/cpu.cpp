@@ -71,11 +71,15 @@ inline void write(float* p, Vec<float> x) { store(p, x); }
 inline void narrow(Vec<float> x, float* to) { store(to, x); }
 
 inline void narrow(Vec<float> x, BFloat16* to) {
+#if defined(TOY_LM_BF16_PAIRS)
+  store_rounded(to, x);
+#else
   typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
   const Vec<uint32_t> bits = (Vec<uint32_t>)x;
   const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Half halves = __builtin_convertvector(x == x ? rounded : rounded * 0 + 0x7fc0, Half);
   std::memcpy(to, &halves, sizeof halves);
+#endif
 }
 
 template <class T>
@@ -131,6 +135,14 @@ inline float total(Vec<float> x) {
 #endif
 }
 
+inline float largest_lane(Vec<float> x) {
+#if !defined(TOY_LM_PLAIN) && defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  return max_lanes<float>(x);
+#endif
+}
+
 // The sums of the lanes of kLanes vectors at once, as the lanes of one, each in the order of `total`.
 template <int kStep, size_t... kLane>
 inline Vec<float> fold(Vec<float> x, Vec<float> y, std::index_sequence<kLane...>) {
@@ -174,17 +186,21 @@ struct Matrix {
     data = static_cast<const char*>(w.const_data_ptr()) + layer * rows * size * element_bytes;
   }
 
-  template <class W>
-  W at(int64_t n, int64_t i) const {
-    const int64_t step = n / lanes * (size / depth) + i / depth;
-    return static_cast<const W*>(data)[(step * lanes + n % lanes) * depth + i % depth];
-  }
 };
 
 // Products with packed weights. A step takes the kDepth columns of kLanes rows that lie together as kParts vectors, and
 // multiplies each by an activation of its own.
 template <class W>
 constexpr int kDepth = sizeof(W) == 4 ? 1 : 2;
+
+template <class W>
+void copy_row(const Matrix& matrix, int64_t n, float* to) {
+  const W* row = static_cast<const W*>(matrix.data) + n * matrix.size;
+  if (matrix.lanes > 1) row -= n % kLanes * (matrix.size - kDepth<W>);
+  const int64_t together = matrix.lanes > 1 ? kDepth<W> : matrix.size, step = matrix.lanes * together;
+  for (int64_t i = 0; i < matrix.size; i += together, row += step)
+    for (int64_t j = 0; j < together; ++j) to[i + j] = to_float(row[j]);
+}
 
 template <class W>
 struct Widened {
@@ -494,26 +510,44 @@ void rotate(float* x, const float* cos, const float* sin, int64_t head_dim) {
   }
 }
 
-// softmax(q k^T / sqrt(head_dim)) v over the keys 0 to seqlen - 1; `p` has room for them, in whole vectors.
+// Asks for what will be read: a sequence's keys are too few for a core to find out by itself.
 template <class T>
-void attend(const float* q, const T* k, const T* v, int64_t seqlen, int64_t head_dim, float* p, float* out) {
+inline void prefetch(const T* p, int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(p + i);
+}
+
+// softmax(q k^T / sqrt(head_dim)) v over the keys 0 to seqlen - 1; `p` has room for them, in whole vectors. `next_k` are
+// keys that will be wanted next.
+template <class T>
+void attend(const float* q, const T* k, const T* v, const T* next_k, int64_t seqlen, int64_t head_dim, float* p,
+            float* out) {
   const float scale = float(kLog2E) / std::sqrt(float(head_dim));
-  int64_t key = 0;
-  for (; key + kLanes <= seqlen; key += kLanes) {  // as many keys at once as there are lanes for their scores
-    Vec<float> sums[kLanes] = {};
-    const T* rows = k + key * head_dim;
-    int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes)
-      for (int i = 0; i < kLanes; ++i) sums[i] += widen(rows + i * head_dim + d) * load(q + d);
+  for (int64_t key = 0; key < seqlen; key += kLanes) {  // as many keys at once as there are lanes for their scores
+    const auto row = [&](int i) { return k + std::min(key + i, seqlen - 1) * head_dim; };
+    Vec<float> sums[kLanes];
+    for (int i = 0; i < kLanes; i += 4) {
+      const T *row_0 = row(i), *row_1 = row(i + 1), *row_2 = row(i + 2), *row_3 = row(i + 3);
+      Vec<float> sum_0{}, sum_1{}, sum_2{}, sum_3{};
+      for (int64_t d = 0; d + kLanes <= head_dim; d += kLanes) {
+        const Vec<float> q_d = load(q + d);
+        sum_0 += widen(row_0 + d) * q_d;
+        sum_1 += widen(row_1 + d) * q_d;
+        sum_2 += widen(row_2 + d) * q_d;
+        sum_3 += widen(row_3 + d) * q_d;
+      }
+      sums[i] = sum_0, sums[i + 1] = sum_1, sums[i + 2] = sum_2, sums[i + 3] = sum_3;
+      prefetch(v + (key + i) * head_dim, 4 * head_dim);
+    }
     store(p + key, totals(sums) * scale);
-    for (; d < head_dim; ++d)
-      for (int i = 0; i < kLanes; ++i) p[key + i] += scale * to_float(rows[i * head_dim + d]) * q[d];
+    for (int64_t d = head_dim / kLanes * kLanes; d < head_dim; ++d)
+      for (int i = 0; i < kLanes; ++i) p[key + i] += scale * to_float(row(i)[d]) * q[d];
   }
-  for (; key < seqlen; ++key) p[key] = scale * dot(k + key * head_dim, q, head_dim);
+  int64_t key = seqlen;
   for (; key % kLanes; ++key) p[key] = -std::numeric_limits<float>::infinity();
   Vec<float> largest = load(p), sums = broadcast(0.0f);
   for (int64_t j = kLanes; j < key; j += kLanes) largest = max<float>(largest, load(p + j));
-  const float row_max = max_lanes<float>(largest);
+  const float row_max = largest_lane(largest);
   for (int64_t j = 0; j < key; j += kLanes) {
     const Vec<float> weights = exp2(load(p + j) - row_max);
     sums += weights;
@@ -526,9 +560,11 @@ void attend(const float* q, const T* k, const T* v, int64_t seqlen, int64_t head
     Vec<float> sums[2][4] = {};  // even and odd keys apart, so that one addition does not wait for the other
     const T* column = v + d;
     int64_t j = 0;
-    for (; j + 2 <= seqlen; j += 2)
+    for (; j + 2 <= seqlen; j += 2) {
       for (int odd = 0; odd < 2; ++odd)
         for (int i = 0; i < 4; ++i) sums[odd][i] += widen(column + (j + odd) * head_dim + i * kLanes) * p[j + odd];
+      for (int odd = 0; odd < 2; ++odd) prefetch(next_k + (j + odd) * head_dim + d, 4 * kLanes);
+    }
     if (j < seqlen)
       for (int i = 0; i < 4; ++i) sums[0][i] += widen(column + j * head_dim + i * kLanes) * p[j];
     for (int i = 0; i < 4; ++i) store(out + d + i * kLanes, (sums[0][i] + sums[1][i]) * factor);
@@ -592,8 +628,8 @@ void attention_pass(const Arguments& a, int64_t layer, std::vector<float>& qkv, 
         float* q = &qkv[b * rows + head * head_dim];
         norm(q, q_norm, head_dim, a.norm_eps, q);
         rotate(q, cos, sin, head_dim);
-        attend(q, k_cache + cached, v_cache + cached, position + 1, head_dim, p.data(),
-               &out[(b * heads + head) * head_dim]);
+        attend(q, k_cache + cached, v_cache + cached, k_cache + cached + capacity * head_dim, position + 1, head_dim,
+               p.data(), &out[(b * heads + head) * head_dim]);
       }
     }
   });
@@ -608,8 +644,7 @@ Tensor run(const Arguments& a) {
       hidden(batch * mlp_dim);
   std::vector<float> gated(batch * 2 * mlp_dim);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t row = std::max<int64_t>(0, data<int64_t>(a.token_ids)[b]);
-    for (int64_t i = 0; i < dim; ++i) x[b * dim + i] = to_float(embedding.at<T>(row, i));
+    copy_row<T>(embedding, std::max<int64_t>(0, data<int64_t>(a.token_ids)[b]), &x[b * dim]);
   }
   const auto norm_all = [&](const T* scale) {
     for (int64_t b = 0; b < batch; ++b) norm(&x[b * dim], scale, dim, a.norm_eps, &normed[b * dim]);
