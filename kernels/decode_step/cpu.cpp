@@ -245,20 +245,18 @@ struct Paired {
 };
 #endif
 
-// out[r * kC + c] = w[r] . x[c] for kBlocks blocks of kLanes rows and kC sequences. What comes next is asked for
-// meanwhile: a core that has products to do does not run far enough ahead by itself.
+// out[r * kC + c] = w[r] . x[c] for kBlocks blocks of kLanes rows and kC sequences. The block `next` is asked for
+// meanwhile: a core that is busy with products does not run far enough ahead by itself.
 template <class A, int kBlocks, int kC>
 TOY_LM_NOINLINE void multiply_tile(const typename A::Weight* w, int64_t steps, const typename A::Activation* x,
-                                   Vec<float>* out) {
+                                   const typename A::Weight* next, Vec<float>* out) {
   constexpr int64_t kStep = kLanes * kDepth<typename A::Weight>;
   Vec<float> sums[kBlocks][kC] = {};
   for (int64_t l = 0; l < steps; ++l) {
     typename A::Part parts[kBlocks][A::kParts];
 #pragma GCC unroll 8
-    for (int r = 0; r < kBlocks; ++r) {
-      A::load_step(w + (r * steps + l) * kStep, parts[r]);
-      __builtin_prefetch(w + ((r + kBlocks) * steps + l) * kStep, 0, 2);
-    }
+    for (int r = 0; r < kBlocks; ++r) A::load_step(w + (r * steps + l) * kStep, parts[r]);
+    __builtin_prefetch(next + l * kStep, 0, 2);
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c)
 #pragma GCC unroll 2
@@ -278,10 +276,11 @@ TOY_LM_NOINLINE void multiply_tile(const typename A::Weight* w, int64_t steps, c
 template <class A, int kBlocks, int kC, class F>
 void multiply_blocks(const typename A::Weight* w, int64_t block, int64_t steps, const typename A::Activation* x,
                      int64_t b, int64_t batch, const F& use) {
+  const int64_t size = steps * kLanes * kDepth<typename A::Weight>;  // of a block
   Vec<float> out[kBlocks * kC];
   for (; b + kC <= batch; b += kC) {
-    multiply_tile<A, kBlocks, kC>(w + block * steps * kLanes * kDepth<typename A::Weight>, steps,
-                                  x + b * steps * A::kParts, out);
+    multiply_tile<A, kBlocks, kC>(w + block * size, steps, x + b * steps * A::kParts,
+                                  w + (block + kBlocks + b / kC) * size, out);
     for (int r = 0; r < kBlocks; ++r)
       for (int c = 0; c < kC; ++c) use((block + r) * kLanes, b + c, out[r * kC + c]);
   }
