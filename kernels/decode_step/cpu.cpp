@@ -195,11 +195,14 @@ constexpr int kDepth = sizeof(W) == 4 ? 1 : 2;
 
 template <class W>
 void copy_row(const Matrix& matrix, int64_t n, float* to) {
-  const W* row = static_cast<const W*>(matrix.data) + n * matrix.size;
-  if (matrix.lanes > 1) row -= n % kLanes * (matrix.size - kDepth<W>);
-  const int64_t together = matrix.lanes > 1 ? kDepth<W> : matrix.size, step = matrix.lanes * together;
-  for (int64_t i = 0; i < matrix.size; i += together, row += step)
-    for (int64_t j = 0; j < together; ++j) to[i + j] = to_float(row[j]);
+  const W* row = static_cast<const W*>(matrix.data) + n / matrix.lanes * matrix.lanes * matrix.size;
+  if (matrix.lanes == 1) {
+    for (int64_t i = 0; i < matrix.size; ++i) to[i] = to_float(row[i]);
+    return;
+  }
+  row += n % kLanes * kDepth<W>;
+  for (int64_t i = 0; i < matrix.size; i += kDepth<W>, row += kLanes * kDepth<W>)
+    for (int j = 0; j < kDepth<W>; ++j) to[i + j] = to_float(row[j]);
 }
 
 template <class W>
