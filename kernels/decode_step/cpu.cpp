@@ -290,18 +290,33 @@ void multiply_blocks(const typename A::Weight* w, int64_t block, int64_t steps, 
   if constexpr (kC > 1) multiply_blocks<A, kBlocks, kC / 2>(w, block, steps, x, b, batch, use);
 }
 
+// x as A takes it. Every thread rounds for itself: what one core wrote takes another longer to fetch.
+template <class A>
+const typename A::Activation* activations(const float* x, [[maybe_unused]] int64_t size,
+                                          [[maybe_unused]] std::vector<typename A::Activation>& rounded) {
+  if constexpr (std::is_same_v<typename A::Activation, float>) {
+    return x;
+  } else {
+    rounded.resize(size / 2);
+    narrow(x, size, reinterpret_cast<BFloat16*>(rounded.data()));
+    return rounded.data();
+  }
+}
+
 template <class A, class F>
-void multiply_packed(const Matrix& w, const typename A::Activation* x, int64_t batch, const F& use) {
+void multiply_packed(const Matrix& w, const float* x, int64_t batch, const F& use) {
   const int64_t blocks = w.rows / kLanes, steps = w.size / w.depth;
   const auto* weights = static_cast<const typename A::Weight*>(w.data);
   const int64_t grain = std::max<int64_t>(1, kGrain / (4 * kLanes * w.size));
   torch::stable::parallel_for(0, (blocks + 3) / 4, grain, [&](int64_t begin, int64_t end) {
+    std::vector<typename A::Activation> rounded;
+    const auto* columns = activations<A>(x, batch * w.size, rounded);
     int64_t n = 4 * begin;
     end = std::min(blocks, 4 * end);
     if (batch < kColumns)  // the fewer sequences, the more rows: sums enough to hide the latency of an addition
-      for (; n + 4 <= end; n += 4) multiply_blocks<A, 4, kColumns / 2>(weights, n, steps, x, 0, batch, use);
-    for (; n + 2 <= end; n += 2) multiply_blocks<A, 2, kColumns>(weights, n, steps, x, 0, batch, use);
-    for (; n < end; ++n) multiply_blocks<A, 1, kColumns>(weights, n, steps, x, 0, batch, use);
+      for (; n + 4 <= end; n += 4) multiply_blocks<A, 4, kColumns / 2>(weights, n, steps, columns, 0, batch, use);
+    for (; n + 2 <= end; n += 2) multiply_blocks<A, 2, kColumns>(weights, n, steps, columns, 0, batch, use);
+    for (; n < end; ++n) multiply_blocks<A, 1, kColumns>(weights, n, steps, columns, 0, batch, use);
   });
 }
 
@@ -435,11 +450,7 @@ void multiply(const Matrix& w, const float* x, int64_t batch, const F& use) {
   if (w.lanes > 1) {
 #if defined(TOY_LM_BF16_PAIRS)
     if constexpr (std::is_same_v<T, BFloat16>) {
-      if (Bf16PairProducts::worthwhile()) {
-        std::vector<uint32_t> pairs(batch * w.size / 2);
-        narrow(x, batch * w.size, reinterpret_cast<BFloat16*>(pairs.data()));
-        return multiply_packed<Paired<W>>(w, pairs.data(), batch, use);
-      }
+      if (Bf16PairProducts::worthwhile()) return multiply_packed<Paired<W>>(w, x, batch, use);
     }
 #endif
     return multiply_packed<Widened<W>>(w, x, batch, use);
