@@ -47,7 +47,7 @@ def window_start(num_tokens: int, context: int) -> int:
 
 
 def pack(model: Transformer, int8: bool = False) -> kernels.DecodeWeights:
-    """The model's weights as `kernels.decode_step` takes them; the model's own become views of what these are made from.
+    """The model's weights as `kernels.decode_step` takes them, packed; the model's own become views of what was packed.
 
     int8: the matrices rounded to int8; the model's own, with which prompts are read, become what these stand for.
     """

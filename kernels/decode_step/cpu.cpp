@@ -11,7 +11,7 @@
 // The weights come packed (op.py: DecodeWeights.packed): kLanes rows side by side, so that a vector of them times one
 // activation is a step of kLanes outputs' sums, and what is read lies in a line. A tile of rows and sequences stays in
 // registers, so that a weight that was read serves every sequence of the tile. An output is a sum over the inner
-// dimension, one product after the other, in an order that depends on neither the batch nor the number of threads.
+// dimension in an order that depends on neither the batch nor the number of threads.
 //
 // A bf16 model is multiplied in pairs of bf16 where the machine does that faster than in floats, its int8 weights too,
 // and the activations are rounded for it. Else weights are widened to fp32 when loaded; the scales of int8 rows multiply
@@ -171,6 +171,31 @@ float dot(const T* w, const float* x, int64_t size) {
   return rest;
 }
 
+// out = x / rms(x) * scale
+template <class T>
+void norm(const float* x, const T* scale, int64_t size, double eps, float* out) {
+  const float squares = dot(x, x, size);
+  const float factor = 1.0f / std::sqrt(squares / float(size) + float(eps));
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(out + i, load(x + i) * factor * widen(scale + i));
+  for (; i < size; ++i) out[i] = x[i] * factor * to_float(scale[i]);
+}
+
+// What a matrix is multiplied with: x [batch][size], normalised first where there is a scale.
+template <class T>
+struct Input {
+  const float* x;
+  const T* norm_scale = nullptr;
+  double norm_eps = 0.0;
+
+  const float* normalised(int64_t batch, int64_t size, std::vector<float>& room) const {
+    if (!norm_scale) return x;
+    room.resize(batch * size);
+    for (int64_t b = 0; b < batch; ++b) norm(x + b * size, norm_scale, size, norm_eps, &room[b * size]);
+    return room.data();
+  }
+};
+
 // A matrix of the model: [rows][size], or packed, [rows / lanes][size / depth][lanes][depth].
 struct Matrix {
   const void* data;
@@ -211,6 +236,7 @@ struct Widened {
   using Activation = float;
   using Part = Vec<float>;
   static constexpr int kParts = kDepth<W>;
+  static constexpr int64_t kRun = 32;  // steps that are added up by themselves, so that fewer roundings pile up
 
   static void load_step(const float* w, Part* parts) { parts[0] = load(w); }
   static void load_step(const BFloat16* w, Part* parts) {
@@ -227,6 +253,7 @@ struct Widened {
     parts[0] = __builtin_convertvector((wide << 24) >> 24, Part);
     parts[1] = __builtin_convertvector(wide >> 8, Part);
   }
+  static const float* activations(const float* x, int64_t, std::vector<float>&) { return x; }
   static Vec<float> add(Vec<float> sum, Part w, float x) { return sum + w * x; }
 };
 
@@ -237,10 +264,16 @@ struct Paired {
   using Activation = uint32_t;  // two, as bf16
   using Part = __m512bh;
   static constexpr int kParts = 1;
+  static constexpr int64_t kRun = 1 << 20;  // fp32 sums of what was rounded to bf16
 
   static void load_step(const BFloat16* w, Part* parts) { parts[0] = (Part)_mm512_loadu_si512(w); }
   static void load_step(const int8_t* w, Part* parts) {
     parts[0] = _mm512_cvtne2ps_pbh((__m512)widen(w + kLanes), (__m512)widen(w));
+  }
+  static const uint32_t* activations(const float* x, int64_t size, std::vector<uint32_t>& rounded) {
+    rounded.resize(size / 2);
+    narrow(x, size, reinterpret_cast<BFloat16*>(rounded.data()));
+    return rounded.data();
   }
   static Vec<float> add(Vec<float> sum, Part w, uint32_t x) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, w, (Part)_mm512_set1_epi32(int(x)));
@@ -254,24 +287,26 @@ template <class A, int kBlocks, int kC>
 TOY_LM_NOINLINE void multiply_tile(const typename A::Weight* w, int64_t steps, const typename A::Activation* x,
                                    const typename A::Weight* next, Vec<float>* out) {
   constexpr int64_t kStep = kLanes * kDepth<typename A::Weight>;
-  Vec<float> sums[kBlocks][kC] = {};
-  for (int64_t l = 0; l < steps; ++l) {
-    typename A::Part parts[kBlocks][A::kParts];
+  for (int64_t begin = 0; begin < steps; begin += A::kRun) {
+    Vec<float> sums[kBlocks][kC] = {};
+    for (int64_t l = begin; l < std::min(steps, begin + A::kRun); ++l) {
+      typename A::Part parts[kBlocks][A::kParts];
 #pragma GCC unroll 8
-    for (int r = 0; r < kBlocks; ++r) A::load_step(w + (r * steps + l) * kStep, parts[r]);
-    __builtin_prefetch(next + l * kStep, 0, 2);
+      for (int r = 0; r < kBlocks; ++r) A::load_step(w + (r * steps + l) * kStep, parts[r]);
+      __builtin_prefetch(next + l * kStep, 0, 2);
 #pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c)
+      for (int c = 0; c < kC; ++c)
 #pragma GCC unroll 2
-      for (int part = 0; part < A::kParts; ++part)
+        for (int part = 0; part < A::kParts; ++part)
 #pragma GCC unroll 8
-        for (int r = 0; r < kBlocks; ++r)
-          sums[r][c] = A::add(sums[r][c], parts[r][part], x[(c * steps + l) * A::kParts + part]);
+          for (int r = 0; r < kBlocks; ++r)
+            sums[r][c] = A::add(sums[r][c], parts[r][part], x[(c * steps + l) * A::kParts + part]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlocks; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < kC; ++c) out[r * kC + c] = begin ? out[r * kC + c] + sums[r][c] : sums[r][c];
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kBlocks; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) out[r * kC + c] = sums[r][c];
 }
 
 // use(n, b, values) with the products of the rows n to n + kLanes - 1 and x[b], for the blocks from `block` on and the
@@ -290,27 +325,17 @@ void multiply_blocks(const typename A::Weight* w, int64_t block, int64_t steps, 
   if constexpr (kC > 1) multiply_blocks<A, kBlocks, kC / 2>(w, block, steps, x, b, batch, use);
 }
 
-// x as A takes it. Every thread rounds for itself: what one core wrote takes another longer to fetch.
-template <class A>
-const typename A::Activation* activations(const float* x, [[maybe_unused]] int64_t size,
-                                          [[maybe_unused]] std::vector<typename A::Activation>& rounded) {
-  if constexpr (std::is_same_v<typename A::Activation, float>) {
-    return x;
-  } else {
-    rounded.resize(size / 2);
-    narrow(x, size, reinterpret_cast<BFloat16*>(rounded.data()));
-    return rounded.data();
-  }
-}
-
-template <class A, class F>
-void multiply_packed(const Matrix& w, const float* x, int64_t batch, const F& use) {
+template <class A, class T, class F>
+void multiply_packed(const Matrix& w, const Input<T>& input, int64_t batch, const F& use) {
   const int64_t blocks = w.rows / kLanes, steps = w.size / w.depth;
   const auto* weights = static_cast<const typename A::Weight*>(w.data);
   const int64_t grain = std::max<int64_t>(1, kGrain / (4 * kLanes * w.size));
   torch::stable::parallel_for(0, (blocks + 3) / 4, grain, [&](int64_t begin, int64_t end) {
+    // Every thread normalises and rounds for itself: what another core did takes longer to fetch.
+    std::vector<float> normed;
+    const float* x = input.normalised(batch, w.size, normed);
     std::vector<typename A::Activation> rounded;
-    const auto* columns = activations<A>(x, batch * w.size, rounded);
+    const auto* columns = A::activations(x, batch * w.size, rounded);
     int64_t n = 4 * begin;
     end = std::min(blocks, 4 * end);
     if (batch < kColumns)  // the fewer sequences, the more rows: sums enough to hide the latency of an addition
@@ -444,17 +469,19 @@ void multiply_tiles(const Matrix& w, int64_t rows, const float* x, int64_t batch
 inline bool in_tiles(int64_t) { return false; }
 #endif
 
-// use(n, b, value) with the products of row n and x[b], one or kLanes of them, for a model of T.
-template <class T, class W, class F>
-void multiply(const Matrix& w, const float* x, int64_t batch, const F& use) {
+// use(n, b, value) with the products of row n and sequence b, one or kLanes of them.
+template <class W, class T, class F>
+void multiply(const Matrix& w, const Input<T>& input, int64_t batch, const F& use) {
   if (w.lanes > 1) {
 #if defined(TOY_LM_BF16_PAIRS)
     if constexpr (std::is_same_v<T, BFloat16>) {
-      if (Bf16PairProducts::worthwhile()) return multiply_packed<Paired<W>>(w, x, batch, use);
+      if (Bf16PairProducts::worthwhile()) return multiply_packed<Paired<W>>(w, input, batch, use);
     }
 #endif
-    return multiply_packed<Widened<W>>(w, x, batch, use);
+    return multiply_packed<Widened<W>>(w, input, batch, use);
   }
+  std::vector<float> normed;
+  const float* x = input.normalised(batch, w.size, normed);
   int64_t first = 0;  // of the rows that are multiplied one by one
 #if defined(TOY_LM_AMX)
   if constexpr (std::is_same_v<W, BFloat16>) {
@@ -469,19 +496,21 @@ void multiply(const Matrix& w, const float* x, int64_t batch, const F& use) {
 
 // The same with the matrix of one layer, int8 where it has scales [num_layers][rows].
 template <class T, class F>
-void multiply(const Tensor& w, const OptionalTensor& scale, int64_t layer, const float* x, int64_t batch,
+void multiply(const Tensor& w, const OptionalTensor& scale, int64_t layer, const Input<T>& input, int64_t batch,
               const F& use) {
-  if (!scale.has_value()) return multiply<T, T>(Matrix(w, layer, sizeof(T)), x, batch, use);
+  if (!scale.has_value()) return multiply<T>(Matrix(w, layer, sizeof(T)), input, batch, use);
   const Matrix matrix(w, layer, sizeof(int8_t));
   const float* scales = data<float>(*scale) + layer * matrix.rows;
-  multiply<T, int8_t>(matrix, x, batch, [&](int64_t n, int64_t b, auto value) {
+  multiply<int8_t>(matrix, input, batch, [&](int64_t n, int64_t b, auto value) {
     use(n, b, value * read<decltype(value)>(scales + n));
   });
 }
 
+inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
+inline Vec<float> silu(Vec<float> x) { return x / (1.0f + exp2(x * -float(kLog2E))); }
+
 // hidden[b][n] = silu(gate) * up, from what the products left: [batch][2 rows], the gates before the ups.
 void gate(const float* products, int64_t rows, int64_t batch, float* hidden) {
-  const auto silu = [](Vec<float> x) { return x / (1.0f + exp2(x * -float(kLog2E))); };
   torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / rows), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const float *gates = products + b * 2 * rows, *ups = gates + rows;
@@ -495,16 +524,6 @@ void gate(const float* products, int64_t rows, int64_t batch, float* hidden) {
       std::copy(last[0], last[0] + (rows - n), hidden + b * rows + n);
     }
   });
-}
-
-// out = x / rms(x) * scale
-template <class T>
-void norm(const float* x, const T* scale, int64_t size, double eps, float* out) {
-  const float squares = dot(x, x, size);
-  const float factor = 1.0f / std::sqrt(squares / float(size) + float(eps));
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store(out + i, load(x + i) * factor * widen(scale + i));
-  for (; i < size; ++i) out[i] = x[i] * factor * to_float(scale[i]);
 }
 
 // Turns each pair (x_i, x_{i + head_dim / 2}) by its angle.
@@ -648,40 +667,47 @@ void attention_pass(const Arguments& a, int64_t layer, std::vector<float>& qkv, 
   });
 }
 
+// Pass 4, from x to hidden [batch][mlp_dim].
+template <class T>
+void gate_pass(const Arguments& a, int64_t layer, const Input<T>& x, std::vector<float>& hidden) {
+  const int64_t batch = a.batch(), mlp_dim = a.mlp_dim();
+  if (Matrix(a.gate_up, 0, 0).lanes > 1) {  // a block of gates, then the block of ups that it is for
+    multiply(a.gate_up, a.gate_up_scale, layer, x, batch, [&](int64_t n, int64_t b, auto value) {
+      float* to = &hidden[b * mlp_dim + n / (2 * kLanes) * kLanes];
+      write(to, n / kLanes % 2 ? silu(read<decltype(value)>(to)) * value : value);
+    });
+  } else {
+    std::vector<float> gated(batch * 2 * mlp_dim);
+    multiply(a.gate_up, a.gate_up_scale, layer, x, batch,
+             [&](int64_t n, int64_t b, auto value) { write(&gated[b * 2 * mlp_dim + n], value); });
+    gate(gated.data(), mlp_dim, batch, hidden.data());
+  }
+}
+
 template <class T>
 Tensor run(const Arguments& a) {
   const Matrix embedding(a.embedding, 0, sizeof(T));
-  const int64_t batch = a.batch(), dim = a.model_dim(), mlp_dim = a.mlp_dim(), vocab_size = embedding.rows;
+  const int64_t batch = a.batch(), dim = a.model_dim(), vocab_size = embedding.rows;
   const int64_t attended = a.num_heads() * a.head_dim(), projected = Matrix(a.qkv, 0, 0).rows;
-  std::vector<float> x(batch * dim), normed(batch * dim), qkv(batch * projected), out(batch * attended),
-      hidden(batch * mlp_dim);
-  std::vector<float> gated(batch * 2 * mlp_dim);
-  for (int64_t b = 0; b < batch; ++b) {
+  std::vector<float> x(batch * dim), qkv(batch * projected), out(batch * attended), hidden(batch * a.mlp_dim());
+  for (int64_t b = 0; b < batch; ++b)
     copy_row<T>(embedding, std::max<int64_t>(0, data<int64_t>(a.token_ids)[b]), &x[b * dim]);
-  }
-  const auto norm_all = [&](const T* scale) {
-    for (int64_t b = 0; b < batch; ++b) norm(&x[b * dim], scale, dim, a.norm_eps, &normed[b * dim]);
-  };
+  const auto normed = [&](const T* scale) { return Input<T>{x.data(), scale, a.norm_eps}; };
   const auto add = [&](int64_t n, int64_t b, auto value) {
     write(&x[b * dim + n], read<decltype(value)>(&x[b * dim + n]) + value);
   };
   for (int64_t layer = 0; layer < a.num_layers(); ++layer) {
-    norm_all(data<T>(a.input_norm) + layer * dim);
-    multiply<T>(a.qkv, a.qkv_scale, layer, normed.data(), batch,
-                [&](int64_t n, int64_t b, auto value) { write(&qkv[b * projected + n], value); });
+    multiply(a.qkv, a.qkv_scale, layer, normed(data<T>(a.input_norm) + layer * dim), batch,
+             [&](int64_t n, int64_t b, auto value) { write(&qkv[b * projected + n], value); });
     attention_pass<T>(a, layer, qkv, out);
-    multiply<T>(a.o, a.o_scale, layer, out.data(), batch, add);
-    norm_all(data<T>(a.post_norm) + layer * dim);
-    multiply<T>(a.gate_up, a.gate_up_scale, layer, normed.data(), batch,
-                [&](int64_t n, int64_t b, auto value) { write(&gated[b * 2 * mlp_dim + n], value); });
-    gate(gated.data(), mlp_dim, batch, hidden.data());
-    multiply<T>(a.down, a.down_scale, layer, hidden.data(), batch, add);
+    multiply(a.o, a.o_scale, layer, Input<T>{out.data()}, batch, add);
+    gate_pass(a, layer, normed(data<T>(a.post_norm) + layer * dim), hidden);
+    multiply(a.down, a.down_scale, layer, Input<T>{hidden.data()}, batch, add);
   }
-  norm_all(data<T>(a.final_norm));
   Tensor logits = torch::stable::new_empty(a.embedding, {batch, vocab_size}, ScalarType::Float);
   float* written = static_cast<float*>(logits.mutable_data_ptr());
-  multiply<T, T>(embedding, normed.data(), batch,
-                 [&](int64_t n, int64_t b, auto value) { write(&written[b * vocab_size + n], value); });
+  multiply<T>(embedding, normed(data<T>(a.final_norm)), batch,
+              [&](int64_t n, int64_t b, auto value) { write(&written[b * vocab_size + n], value); });
   return logits;
 }
 

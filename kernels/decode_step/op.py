@@ -76,20 +76,38 @@ class DecodeWeights(NamedTuple):
         """The embedding and the matrices in the order in which the kernel of their device reads them.
 
         On a CPU (..., rows / lanes, size / depth, lanes, depth): the `lanes` outputs of a vector side by side, and two
-        numbers of each, where they are of two bytes or one. What cannot be divided so stays as it is, and takes longer.
+        numbers of each, where they are of two bytes or one; `lanes` rows of the gate are followed by those of the up
+        projection that they are for. What cannot be divided so stays as it is, and takes longer.
         """
-        if self.embedding.device.type != "cpu" or not is_fused("cpu"):
-            return self
-        matrices = {name: getattr(self, name) for name in ("embedding", *MATRICES)}
-        return self._replace(**{name: _pack(matrix) for name, matrix in matrices.items()})
+        packed = {name: _pack(getattr(self, name)) for name in ("embedding", "qkv", "o", "down")}
+        lanes, mlp_dim = _lanes(self.gate_up), self.down.shape[-1]
+        if lanes > 1 and mlp_dim % lanes == 0:
+            packed["gate_up"] = _pack(_take_turns(self.gate_up, lanes))
+            if self.gate_up_scale is not None:
+                packed["gate_up_scale"] = _take_turns(self.gate_up_scale, lanes)
+        return self._replace(**packed)
+
+
+def _lanes(matrix: Tensor) -> int:
+    """How many rows of a matrix (..., rows, size) lie side by side once it is packed; 1 where it is not to be."""
+    packs = matrix.device.type == "cpu" and is_fused("cpu") and matrix.shape[-1] % _depth(matrix) == 0
+    return torch.ops.kernels.rows_together(matrix) if packs else 1
+
+
+def _depth(matrix: Tensor) -> int:
+    return 1 if matrix.itemsize == 4 else 2
 
 
 def _pack(matrix: Tensor) -> Tensor:
-    *_, rows, size = matrix.shape
-    lanes, depth = torch.ops.kernels.rows_together(matrix), 1 if matrix.itemsize == 4 else 2
-    if lanes == 1 or rows % lanes or size % depth:
+    lanes = _lanes(matrix)
+    if lanes == 1 or matrix.shape[-2] % lanes:
         return matrix
-    return matrix.unflatten(-1, (-1, depth)).unflatten(-3, (-1, lanes)).transpose(-3, -2).contiguous()
+    return matrix.unflatten(-1, (-1, _depth(matrix))).unflatten(-3, (-1, lanes)).transpose(-3, -2).contiguous()
+
+
+def _take_turns(gate_up: Tensor, lanes: int) -> Tensor:
+    """The rows (num_layers, 2 mlp_dim, ...) in another order: `lanes` of the gate, as many of the up projection..."""
+    return gate_up.unflatten(1, (2, -1, lanes)).transpose(1, 2).flatten(1, 3).contiguous()
 
 
 def _unpacked_shape(matrix: Tensor) -> torch.Size:
@@ -175,7 +193,11 @@ def _check(token_ids: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tenso
     if dtype not in DTYPES:
         raise ValueError(f"weights: got {dtype}, allowed are float32 and bfloat16")
     for name, x in tensors.items():
-        shape = _unpacked_shape(x) if name in ("embedding", *MATRICES) else x.shape
+        shape = x.shape
+        if name in ("embedding", *MATRICES):
+            shape, allowed = _unpacked_shape(x), (_lanes(x), _depth(x))
+            if x.dim() > 3 and x.shape[-2:] != allowed:
+                raise ValueError(f"{name}: got packed by {tuple(x.shape[-2:])}, allowed on this device is {allowed}")
         if shape != expected[name]:
             raise ValueError(f"{name}: got shape {tuple(shape)}, needs {tuple(expected[name])}")
         if x.dtype != special.get(name, dtype):

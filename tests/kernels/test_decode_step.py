@@ -80,6 +80,33 @@ def test_int8_weights_equal_the_definition(device: str, batch: int, dtype: torch
     check_against_the_definition((*tensors, weights.to_int8()), dtype)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 7, 16])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[3], (1, 48, 3, 3, 16, 80, 48, 40)], ids=str)
+def test_packed_weights_equal_the_definition(shape: tuple[int, ...], batch: int, dtype: torch.dtype, int8: bool):
+    *tensors, weights = arguments(shape, batch, dtype, "cpu")
+    weights = weights.to_int8() if int8 else weights
+    check_against_the_definition((*tensors, weights), dtype, weights.packed())
+
+
+def test_packing_moves_rows_side_by_side():
+    kernels.load("cpu")
+    weights = arguments(SHAPES[2], 1, torch.bfloat16, "cpu")[-1].to_int8()
+    packed = weights.packed()
+    assert packed.down.dim() == 5 and weights.packed().down.dtype == torch.int8
+    lanes = packed.down.shape[-2]
+    for name in ("qkv", "o", "down"):
+        rows = getattr(packed, name).transpose(-3, -2).flatten(-5 + 1, -3).flatten(-2)
+        assert torch.equal(rows, getattr(weights, name))
+    gate, up = weights.gate_up.chunk(2, dim=1)
+    blocks = packed.gate_up.transpose(-3, -2).flatten(-2).unflatten(1, (-1, 2))  # (num_layers, blocks, 2, lanes, size)
+    assert torch.equal(blocks[:, :, 0].flatten(1, 2), gate) and torch.equal(blocks[:, :, 1].flatten(1, 2), up)
+    assert torch.equal(packed.gate_up_scale[:, lanes : 2 * lanes], weights.gate_up_scale[:, 256 : 256 + lanes])
+    odd = arguments(SHAPES[3], 1, torch.bfloat16, "cpu")[-1]  # 113 hidden units
+    assert odd.packed().gate_up is odd.gate_up
+
+
 def test_int8_weights_are_the_nearest():
     weights = arguments(SHAPES[1], 1, torch.float32, "cpu")[-1]
     rounded = weights.to_int8()
@@ -90,11 +117,11 @@ def test_int8_weights_are_the_nearest():
         assert (getattr(rounded, name).abs().amax(dim=-1) == 127).all()
 
 
-def check_against_the_definition(given, dtype: torch.dtype) -> None:
+def check_against_the_definition(given, dtype: torch.dtype, packed: kernels.DecodeWeights | None = None) -> None:
     batch, vocab_size = len(given[0]), len(given[-1].embedding)
     exact = by_definition(*given, torch.float64)
     plain = by_definition(*given, dtype)
-    logits = kernels.decode_step(*given, norm_eps=EPS)
+    logits = kernels.decode_step(*given[:-1], packed or given[-1], norm_eps=EPS)
     assert logits.shape == (batch, vocab_size) and logits.dtype == torch.float32
     got = (logits.double(), given[2].double(), given[3].double())
     for ours, theirs, truth in zip(got, plain, exact, strict=True):
@@ -105,6 +132,8 @@ def check_against_the_definition(given, dtype: torch.dtype) -> None:
         assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + rounding
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "batch_sizes"),
@@ -118,9 +147,12 @@ def check_against_the_definition(given, dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_a_sequence_does_not_depend_on_its_batch(
-    device: str, shape: tuple[int, ...], batch_sizes: tuple[int, ...], dtype: torch.dtype
+    device: str, shape: tuple[int, ...], batch_sizes: tuple[int, ...], dtype: torch.dtype, packed: bool, int8: bool
 ):
     token_ids, positions, k_cache, v_cache, weights = arguments(shape, batch_sizes[-1], dtype, device)
+    weights = weights.to_int8() if int8 else weights
+    if packed and (weights := weights.packed()).o.dim() == 3:
+        pytest.skip("nothing is packed on this device")
 
     def step(rows: slice) -> torch.Tensor:
         caches = [cache[:, rows].contiguous() for cache in (k_cache, v_cache)]
@@ -166,6 +198,13 @@ def test_bad_arguments_are_named():
         "down": (token_ids, positions, k_cache, v_cache, weights._replace(down=weights.down.double())),
         "o": (token_ids, positions, k_cache, v_cache, int8._replace(o_scale=None)),
         "down_scale": (token_ids, positions, k_cache, v_cache, int8._replace(down_scale=int8.gate_up_scale)),
+        "embedding": (
+            token_ids,
+            positions,
+            k_cache,
+            v_cache,
+            weights._replace(embedding=weights.embedding[None, None]),
+        ),
         "weights": (token_ids, positions, k_cache, v_cache, weights._replace(embedding=weights.embedding.half())),
     }
     for name, given in bad.items():
