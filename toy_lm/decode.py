@@ -86,17 +86,20 @@ def pack(model: Transformer, int8: bool = False) -> kernels.DecodeWeights:
 
 
 class PromptReader:
-    """Reads windows with the model. What it gives back is written anew by the next call.
+    """Reads windows. What it gives back is written anew by the next call.
 
+    On a CPU that is a decode step with many tokens, unless classic attention is asked for; else the model reads them.
     On CUDA a window that comes alone is padded to a power of two, and read by a graph from the second of that size on:
     launched one by one, the kernels would take the host several times as long as they run.
     """
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, weights: kernels.DecodeWeights) -> None:
+        self.model, self.weights = model, weights
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.captures = self.device.type == "cuda" and kernels.load(self.device).kind == "fused"
+        fused = kernels.load(self.device).kind == "fused"
+        self.captures = fused and self.device.type == "cuda"
+        self.in_one_step = fused and self.device.type == "cpu" and model.attention == "fused"
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, KVCache]] = {}  # by the number of tokens
         self.seen: set[int] = set()
 
@@ -122,8 +125,13 @@ class PromptReader:
         return cache
 
     def _read(self, token_ids: Tensor) -> KVCache:
-        cache = KVCache(self.model.config, *token_ids.shape, device=self.device, dtype=self.dtype)
-        self.model.hidden(token_ids, cache)
+        config = self.model.config
+        cache = KVCache(config, *token_ids.shape, device=self.device, dtype=self.dtype)
+        if self.in_one_step:
+            positions = torch.arange(token_ids.shape[1], dtype=torch.int32).expand(token_ids.shape).contiguous()
+            kernels.decode_step(token_ids, positions, cache.k, cache.v, self.weights, norm_eps=config.norm_eps)
+        else:
+            self.model.hidden(token_ids, cache)
         return cache
 
 

@@ -80,7 +80,7 @@ class LanguageModel:
         self.device, self.dtype = weight.device, weight.dtype
         self.binding = kernels.load(self.device)
         self.weights = pack(self.model, int8)
-        self.reader = PromptReader(self.model)
+        self.reader = PromptReader(self.model, self.weights)
         self._kept: dict[tuple[int, Sampling], Decoder] = {}
 
     def generate(

@@ -275,7 +275,7 @@ class Transformer(nn.Module):
         super().__init__()
         if attention not in ATTENTION:
             raise ValueError(f"attention: got {attention!r}, allowed are {', '.join(map(repr, ATTENTION))}")
-        self.config = config
+        self.config, self.attention = config, attention
         self.model = Decoder(config, attention, dropout)
         self.apply(self._initialise)
 

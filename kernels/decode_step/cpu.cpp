@@ -1,6 +1,6 @@
 // One step of a decoder on the CPU: a handful of passes over the weights, each split over the threads by output rows.
 //
-// Per layer, for every sequence b of the batch:
+// Per layer, for every token b: one of each sequence, or several, one after the other, when a prompt is read:
 //   1. qkv = W_qkv norm(x)                        rows of W_qkv
 //   2. q, k normalised and rotated; k, v cached; attention of q over the cache     (sequence, key head) pairs
 //   3. x = x + W_o attention                      rows of W_o
@@ -624,7 +624,8 @@ struct Arguments {
   double norm_eps;
 
   int64_t num_layers() const { return k_cache.size(0); }
-  int64_t batch() const { return k_cache.size(1); }
+  int64_t batch() const { return token_ids.numel(); }  // tokens
+  int64_t num_sequences() const { return k_cache.size(1); }
   int64_t num_kv_heads() const { return k_cache.size(2); }
   int64_t capacity() const { return k_cache.size(3); }
   int64_t head_dim() const { return k_cache.size(4); }
@@ -643,25 +644,29 @@ void attention_pass(const Arguments& a, int64_t layer, std::vector<float>& qkv, 
   T* v_cache = static_cast<T*>(a.v_cache.mutable_data_ptr());
   const T* q_norm = data<T>(a.q_norm) + layer * head_dim;
   const T* k_norm = data<T>(a.k_norm) + layer * head_dim;
-  torch::stable::parallel_for(0, a.batch() * kv_heads, 1, [&](int64_t begin, int64_t end) {
+  const int64_t seqlen = a.batch() / a.num_sequences();
+  const auto norm_and_rotate = [&](float* x, const T* scale, int64_t position) {
+    norm(x, scale, head_dim, a.norm_eps, x);
+    rotate(x, data<float>(a.cos) + position * (head_dim / 2), data<float>(a.sin) + position * (head_dim / 2), head_dim);
+  };
+  torch::stable::parallel_for(0, a.num_sequences() * kv_heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> p(capacity + kLanes);
     for (int64_t pair = begin; pair < end; ++pair) {
-      const int64_t b = pair / kv_heads, kv_head = pair % kv_heads, position = data<int32_t>(a.positions)[b];
-      const float* cos = data<float>(a.cos) + position * (head_dim / 2);
-      const float* sin = data<float>(a.sin) + position * (head_dim / 2);
-      float* k = &qkv[b * rows + (heads + kv_head) * head_dim];
-      const float* v = k + kv_heads * head_dim;
-      norm(k, k_norm, head_dim, a.norm_eps, k);
-      rotate(k, cos, sin, head_dim);
-      const int64_t cached = ((layer * a.batch() + b) * kv_heads + kv_head) * capacity * head_dim;
-      narrow(k, head_dim, k_cache + cached + position * head_dim);
-      narrow(v, head_dim, v_cache + cached + position * head_dim);
-      for (int64_t head = kv_head * groups; head < (kv_head + 1) * groups; ++head) {
-        float* q = &qkv[b * rows + head * head_dim];
-        norm(q, q_norm, head_dim, a.norm_eps, q);
-        rotate(q, cos, sin, head_dim);
-        attend(q, k_cache + cached, v_cache + cached, k_cache + cached + capacity * head_dim, position + 1, head_dim,
-               p.data(), &out[(b * heads + head) * head_dim]);
+      const int64_t first = pair / kv_heads * seqlen, kv_head = pair % kv_heads;
+      T* keys = k_cache + (layer * a.num_sequences() * kv_heads + pair) * capacity * head_dim;
+      T* values = v_cache + (layer * a.num_sequences() * kv_heads + pair) * capacity * head_dim;
+      for (int64_t b = first; b < first + seqlen; ++b) {
+        const int64_t position = data<int32_t>(a.positions)[b];
+        float* k = &qkv[b * rows + (heads + kv_head) * head_dim];
+        norm_and_rotate(k, k_norm, position);
+        narrow(k, head_dim, keys + position * head_dim);
+        narrow(k + kv_heads * head_dim, head_dim, values + position * head_dim);
+        for (int64_t head = kv_head * groups; head < (kv_head + 1) * groups; ++head) {
+          float* q = &qkv[b * rows + head * head_dim];
+          norm_and_rotate(q, q_norm, position);
+          attend(q, keys, values, keys + capacity * head_dim, position + 1, head_dim, p.data(),
+                 &out[(b * heads + head) * head_dim]);
+        }
       }
     }
   });
@@ -704,9 +709,12 @@ Tensor run(const Arguments& a) {
     gate_pass(a, layer, normed(data<T>(a.post_norm) + layer * dim), hidden);
     multiply(a.down, a.down_scale, layer, Input<T>{hidden.data()}, batch, add);
   }
-  Tensor logits = torch::stable::new_empty(a.embedding, {batch, vocab_size}, ScalarType::Float);
+  const int64_t sequences = a.num_sequences(), seqlen = batch / sequences;
+  for (int64_t b = 0; b < sequences && seqlen > 1; ++b)  // their last tokens
+    std::copy_n(&x[(b * seqlen + seqlen - 1) * dim], dim, &x[b * dim]);
+  Tensor logits = torch::stable::new_empty(a.embedding, {sequences, vocab_size}, ScalarType::Float);
   float* written = static_cast<float*>(logits.mutable_data_ptr());
-  multiply<T>(embedding, normed(data<T>(a.final_norm)), batch,
+  multiply<T>(embedding, normed(data<T>(a.final_norm)), sequences,
               [&](int64_t n, int64_t b, auto value) { write(&written[b * vocab_size + n], value); });
   return logits;
 }
@@ -722,8 +730,8 @@ Tensor decode_step(Tensor token_ids, Tensor positions, Tensor k_cache, Tensor v_
   for (int64_t b = 0; b < a.batch(); ++b) {
     const int64_t position = data<int32_t>(positions)[b], token = data<int64_t>(token_ids)[b];
     STD_TORCH_CHECK(position >= 0 && position < std::min(a.capacity(), cos.size(0)), "positions: got ", position,
-                    " for sequence ", b, ", allowed are 0 to ", std::min(a.capacity(), cos.size(0)) - 1);
-    STD_TORCH_CHECK(token >= -1 && token < vocab_size, "token_ids: got ", token, " for sequence ", b,
+                    " for token ", b, ", allowed are 0 to ", std::min(a.capacity(), cos.size(0)) - 1);
+    STD_TORCH_CHECK(token >= -1 && token < vocab_size, "token_ids: got ", token, " for token ", b,
                     ", allowed are -1 to ", vocab_size - 1);
   }
   return embedding.scalar_type() == ScalarType::Float ? run<float>(a) : run<BFloat16>(a);

@@ -130,9 +130,10 @@ def decode_step(
 ) -> Tensor:
     """Logits (batch, vocab_size) fp32 of the token after token_ids, each at its position; writes its keys and values.
 
-    token_ids         (batch,) int64; -1, which `sample` gives where there is no token, counts as 0
-    positions         (batch,) int32: how many tokens of the sequence are cached before this one; below the capacity
-                      and max_seqlen. Read by the kernel alone, so that nothing waits for the GPU
+    token_ids         (batch,) int64; -1, which `sample` gives where there is no token, counts as 0. On a CPU also
+                      (batch, seqlen), the tokens of a prompt one after the other, as if they came in as many calls
+    positions         like token_ids, int32: how many tokens of the sequence are cached before this one; below the
+                      capacity and max_seqlen. Read by the kernel alone, so that nothing waits for the GPU
     k_cache, v_cache  (num_layers, batch, num_kv_heads, capacity, head_dim), contiguous, in the weights' dtype; written
                       at `positions`, read up to there
     weights           see `DecodeWeights`
@@ -174,8 +175,8 @@ def _check(token_ids: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tenso
         "sin": (max_seqlen, head_dim // 2),
         "k_cache": k_cache.shape,
         "v_cache": k_cache.shape,
-        "token_ids": (batch,),
-        "positions": (batch,),
+        "token_ids": (batch, *(token_ids.shape[1:2] if token_ids.device.type == "cpu" else ())),
+        "positions": token_ids.shape,
     }
     expected |= {f"{name}_scale": expected[name][:2] for name in MATRICES}
     tensors = {

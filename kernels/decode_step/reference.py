@@ -31,6 +31,12 @@ def decode_step(
     norm_eps: float,
 ) -> Tensor:
     """See `kernels.decode_step`; the caches are written, everything is computed in the weights' dtype."""
+    if token_ids.dim() == 2:
+        weights = (embedding, input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down, final_norm, cos, sin)
+        scales = (qkv_scale, o_scale, gate_up_scale, down_scale)
+        for tokens, at in zip(token_ids.T, positions.T, strict=True):
+            logits = decode_step(tokens, at, k_cache, v_cache, *weights, *scales, norm_eps)
+        return logits
     qkv, o = _matrix(qkv, qkv_scale, embedding), _matrix(o, o_scale, embedding)
     gate_up, down = _matrix(gate_up, gate_up_scale, embedding), _matrix(down, down_scale, embedding)
     num_layers, batch, num_kv_heads, _, head_dim = k_cache.shape

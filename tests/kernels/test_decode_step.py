@@ -163,6 +163,27 @@ def test_a_sequence_does_not_depend_on_its_batch(
         assert torch.equal(step(slice(batch_size)), alone[:batch_size])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]], ids=str)
+def test_a_prompt_is_read_as_token_by_token(shape: tuple[int, ...], dtype: torch.dtype, packed: bool):
+    *_, k_cache, _, weights = arguments(shape, 2, dtype, "cpu")
+    seqlen, vocab_size = 21, shape[6]
+    token_ids = torch.randint(vocab_size, (2, seqlen))
+    positions = torch.arange(seqlen, dtype=torch.int32).expand(2, seqlen).contiguous()
+    k_cache.fill_(float("nan"))
+    given = (token_ids, positions, k_cache, k_cache.clone(), weights)
+    check_against_the_definition(given, dtype, weights.packed() if packed else weights)
+    alone = [cache.clone().fill_(float("nan")) for cache in (k_cache, k_cache)]
+    weights = weights.packed() if packed else weights
+    for tokens, at in zip(token_ids.T, positions.T, strict=True):
+        logits = kernels.decode_step(tokens.contiguous(), at.contiguous(), *alone, weights, norm_eps=EPS)
+    together = [cache.clone().fill_(float("nan")) for cache in (k_cache, k_cache)]
+    assert torch.equal(kernels.decode_step(token_ids, positions, *together, weights, norm_eps=EPS), logits)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
 def test_opcheck():
     token_ids, positions, k_cache, v_cache, weights = arguments(SHAPES[0], 2, torch.float32, "cpu")
     kernels.load("cpu")
