@@ -88,18 +88,19 @@ def pack(model: Transformer, int8: bool = False) -> kernels.DecodeWeights:
 class PromptReader:
     """Reads windows. What it gives back is written anew by the next call.
 
-    On a CPU that is a decode step with many tokens, unless classic attention is asked for; else the model reads them.
-    On CUDA a window that comes alone is padded to a power of two, and read by a graph from the second of that size on:
-    launched one by one, the kernels would take the host several times as long as they run.
+    With packed weights that is a decode step of many tokens, unless classic attention is asked for; otherwise, and with
+    int8, whose products are slower, the model reads them. On CUDA a window that comes alone is padded to a power of
+    two, and read by a graph from the second of that size on: launched one by one, the kernels would take the host
+    several times as long as they run.
     """
 
     def __init__(self, model: Transformer, weights: kernels.DecodeWeights) -> None:
         self.model, self.weights = model, weights
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        fused = kernels.load(self.device).kind == "fused"
-        self.captures = fused and self.device.type == "cuda"
-        self.in_one_step = fused and self.device.type == "cpu" and model.attention == "fused"
+        self.captures = self.device.type == "cuda" and kernels.load(self.device).kind == "fused"
+        packed = weights.qkv.dim() > 3 and weights.qkv_scale is None
+        self.in_one_step = packed and model.attention == "fused"
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, KVCache]] = {}  # by the number of tokens
         self.seen: set[int] = set()
 

@@ -210,25 +210,12 @@ struct Matrix {
     }
     data = static_cast<const char*>(w.const_data_ptr()) + layer * rows * size * element_bytes;
   }
-
 };
 
 // Products with packed weights. A step takes the kDepth columns of kLanes rows that lie together as kParts vectors, and
 // multiplies each by an activation of its own.
 template <class W>
 constexpr int kDepth = sizeof(W) == 4 ? 1 : 2;
-
-template <class W>
-void copy_row(const Matrix& matrix, int64_t n, float* to) {
-  const W* row = static_cast<const W*>(matrix.data) + n / matrix.lanes * matrix.lanes * matrix.size;
-  if (matrix.lanes == 1) {
-    for (int64_t i = 0; i < matrix.size; ++i) to[i] = to_float(row[i]);
-    return;
-  }
-  row += n % kLanes * kDepth<W>;
-  for (int64_t i = 0; i < matrix.size; i += kDepth<W>, row += kLanes * kDepth<W>)
-    for (int j = 0; j < kDepth<W>; ++j) to[i + j] = to_float(row[j]);
-}
 
 template <class W>
 struct Widened {
@@ -281,6 +268,19 @@ struct Paired {
 };
 #endif
 
+// Row n of a matrix that may be packed.
+template <class W>
+void copy_row(const Matrix& matrix, int64_t n, float* to) {
+  const W* row = static_cast<const W*>(matrix.data) + n / matrix.lanes * matrix.lanes * matrix.size;
+  if (matrix.lanes == 1) {
+    for (int64_t i = 0; i < matrix.size; ++i) to[i] = to_float(row[i]);
+    return;
+  }
+  row += n % kLanes * kDepth<W>;
+  for (int64_t i = 0; i < matrix.size; i += kDepth<W>, row += kLanes * kDepth<W>)
+    for (int j = 0; j < kDepth<W>; ++j) to[i + j] = to_float(row[j]);
+}
+
 // out[r * kC + c] = w[r] . x[c] for kBlocks blocks of kLanes rows and kC sequences. The block `next` is asked for
 // meanwhile: a core that is busy with products does not run far enough ahead by itself.
 template <class A, int kBlocks, int kC>
@@ -317,8 +317,8 @@ void multiply_blocks(const typename A::Weight* w, int64_t block, int64_t steps, 
   const int64_t size = steps * kLanes * kDepth<typename A::Weight>;  // of a block
   Vec<float> out[kBlocks * kC];
   for (; b + kC <= batch; b += kC) {
-    multiply_tile<A, kBlocks, kC>(w + block * size, steps, x + b * steps * A::kParts,
-                                  w + (block + kBlocks + b / kC) * size, out);
+    const int64_t next = block + (b / kC < kBlocks ? kBlocks + b / kC : 0);  // in later tiles they are on their way
+    multiply_tile<A, kBlocks, kC>(w + block * size, steps, x + b * steps * A::kParts, w + next * size, out);
     for (int r = 0; r < kBlocks; ++r)
       for (int c = 0; c < kC; ++c) use((block + r) * kLanes, b + c, out[r * kC + c]);
   }
