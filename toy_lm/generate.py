@@ -6,9 +6,10 @@
     lm.generate("the quick brown", max_new_tokens=30, top_k=50)
 
 The model reads each token once: its keys and values stay in a cache, which is filled from the prompt, by
-`kernels.flash_attention` or on a CPU by `kernels.decode_step`, which reads it for each new token (decode.py). A text of n tokens that is longer than the
-context is read through a window, its tokens from `window_start(n, context)` on: when the window is full, its older half
-is dropped and the newer half is read afresh. The window depends on n alone, not on where the prompt ended.
+`kernels.flash_attention` or on a CPU by `kernels.decode_step`, which reads it for each new token (decode.py). A text of
+n tokens that is longer than the context is read through a window, its tokens from `window_start(n, context)` on: when
+the window is full, its older half is dropped and the newer half is read afresh. The window depends on n alone, not on
+where the prompt ended.
 
 Knows the model, the tokenizer and the ops; knows nothing of training, or of how the text is shown.
 """

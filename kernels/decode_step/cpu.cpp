@@ -223,7 +223,7 @@ struct Widened {
   using Activation = float;
   using Part = Vec<float>;
   static constexpr int kParts = kDepth<W>;
-  static constexpr int64_t kRun = 32;  // steps that are added up by themselves, so that fewer roundings pile up
+  static constexpr int64_t kRun = 16;  // steps that are added up by themselves, so that fewer roundings pile up
 
   static void load_step(const float* w, Part* parts) { parts[0] = load(w); }
   static void load_step(const BFloat16* w, Part* parts) {
