@@ -80,6 +80,7 @@ SAMPLE_PART, MAX_SAMPLE = 16, 8192  # a bracket is found from one token in so ma
 GUESS_SAMPLE = 1024  # tokens from which one is guessed
 LIST_PART, MAX_LIST = 4, 2**16  # one token in so many may be within it: there is room for them
 LIST_BLOCKS, MOST_SORTED = 32, 256  # blocks in which a full list is read; tokens left of it in the end
+EARLY_ROWS = 1024  # about as many as begin at once; of more, most begin when others end
 ALONE_FROM = 64  # rows, from which on one program does all of a row
 LEAST_WARPS, MOST_WARPS, WARPS_AT_WORK = 4, 16, 4096  # of such a program; of all that are to be at work at once
 DRAW_REGISTERS = 64  # a thread, at most, so that the programs of 1024 rows are at work at once
