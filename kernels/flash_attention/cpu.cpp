@@ -56,6 +56,7 @@ constexpr int64_t kBlockN = 64;         // keys in a block
 constexpr int64_t kChunk = 512;         // queries whose gradients stay in the cache while the keys pass by
 constexpr int64_t kBackwardTasks = 16;  // the backward pass is cut into at least so many, where it is long enough
 constexpr int64_t kDecodeSplit = 512;   // keys of one decoding task
+constexpr int64_t kFarBytes = int64_t{16} << 20;  // a cache larger than this comes from memory
 constexpr int64_t kDecodeRows = 16;     // more query rows than this per key head are no longer decoding
 constexpr int64_t kKeptBytes = int64_t{64} << 20;  // a buffer larger than this is given back after the call
 
@@ -1120,14 +1121,16 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
   buffer.release_if_large();
 }
 
-// Decoding: few queries, so that the cache is read once and every vector lies along head_dim. In fp32 throughout.
+// Decoding: few queries, so that the cache is read once and every vector lies along head_dim. Where the CPU multiplies
+// bf16 pairs fast, a bf16 cache meets q and P in bf16; everything else is in fp32.
 //
-// A row of the cache, of type T, is read two vectors at a time, in the order of its elements that T gives most cheaply:
+// Of a row of the cache kPair elements are taken at a time, in the order that its arithmetic gets most cheaply:
 //
-//   float      x = elements 0 .. W - 1       y = elements W .. 2 W - 1
-//   BFloat16   x = the even ones             y = the odd ones, each the upper half of a float
+//   FloatRows<float>      x = elements 0 .. W - 1       y = elements W .. 2 W - 1
+//   FloatRows<BFloat16>   x = the even ones             y = the odd ones, each the upper half of a float
+//   Bf16Dots              K as it lies; V of two keys in pairs, x = the lower four of every eight, y = the upper ones
 //
-// Queries are brought into the same order first, and the result back from it last.
+// q is brought into K's order first, and the result back from V's order last.
 
 constexpr int64_t kPair = 2 * kWidth<float>;
 
@@ -1139,69 +1142,132 @@ struct CacheRows {
   const T* row(int64_t i) const { return first + i * stride; }
 };
 
-struct Pair {
-  Vec<float> x, y;
+template <class V>
+struct Two {
+  V x, y;
+};
+using Pair = Two<Vec<float>>;
+
+
+template <class T>
+struct FloatRows {
+  using Element = T;
+  using Query = float;  // what q and P are stored as
+  static constexpr int64_t kValueKeys = 1;
+
+  // Where the element that stands at `i` in pairs stands in a row.
+  static int64_t place_in_query(int64_t i) {
+    if constexpr (std::is_same_v<T, float>) return i;
+    const int64_t lane = i % kPair;
+    return i - lane + (lane < kWidth<float> ? 2 * lane : 2 * (lane - kWidth<float>)+1);
+  }
+  static int64_t place_in_values(int64_t i) { return place_in_query(i); }
+
+  static Pair load_key(const float* p) { return {keep(load(p)), keep(load(p + kWidth<float>))}; }
+  static Pair load_key(const BFloat16* p) {
+    const Vec<uint32_t> both = keep(load(reinterpret_cast<const uint32_t*>(p)));
+    return {(Vec<float>)(both << 16), (Vec<float>)(both & 0xffff0000u)};
+  }
+  static Vec<float> add_score(Vec<float> sum, const Pair& q, const Pair& k) { return sum + q.x * k.x + q.y * k.y; }
+
+  static void store_weights(float* p, Vec<float> x) { store(p, x); }
+  static Vec<float> load_weight(const float* p) { return broadcast(*p); }
+  static Pair load_values(const T* v, const T*) { return load_key(v); }
+  static Vec<float> add_value(Vec<float> sum, Vec<float> p, Vec<float> v) { return sum + p * v; }
 };
 
-inline Pair load_pair(const float* p) { return {load(p), load(p + kWidth<float>)}; }
+#if defined(TOY_LM_BF16_PAIRS) && !defined(TOY_LM_AMX)
+struct Bf16Dots {
+  using Element = BFloat16;
+  using Query = BFloat16;
+  static constexpr int64_t kValueKeys = 2;
 
-inline Pair load_pair(const BFloat16* p) {
-  const Vec<uint32_t> both = load(reinterpret_cast<const uint32_t*>(p));
-  return {(Vec<float>)(both << 16), (Vec<float>)(both & 0xffff0000u)};
+  static int64_t place_in_query(int64_t i) { return i; }
+  static int64_t place_in_values(int64_t i) {
+    const int64_t lane = i % kPair, half = lane / kWidth<float>, four = lane % kWidth<float> / 4;
+    return i - lane + 8 * four + 4 * half + lane % 4;
+  }
+
+  static Vec<uint32_t> load_key(const BFloat16* p) { return keep(load(reinterpret_cast<const uint32_t*>(p))); }
+  static Vec<float> add_score(Vec<float> sum, Vec<uint32_t> q, Vec<uint32_t> k) { return dot_pairs(sum, q, k); }
+
+  static void store_weights(BFloat16* p, Vec<float> x) { store_rounded(p, x); }
+  static Vec<uint32_t> load_weight(const BFloat16* p) {
+    uint32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return broadcast(pair);
+  }
+  static Two<Vec<uint32_t>> load_values(const BFloat16* even, const BFloat16* odd) {
+    const __m512i low = (__m512i)load_key(even), high = (__m512i)load_key(odd);
+    return {(Vec<uint32_t>)_mm512_unpacklo_epi16(low, high), (Vec<uint32_t>)_mm512_unpackhi_epi16(low, high)};
+  }
+  static Vec<float> add_value(Vec<float> sum, Vec<uint32_t> p, Vec<uint32_t> v) { return dot_pairs(sum, v, p); }
+};
+#endif
+
+// For a bf16 cache. Where there is AMX too, AVX512_BF16 is slow.
+#if defined(TOY_LM_BF16_PAIRS) && !defined(TOY_LM_AMX)
+using Bf16Rows = Bf16Dots;
+#else
+using Bf16Rows = FloatRows<BFloat16>;
+#endif
+
+// Calls f(row, number of rows as a constant) for rows 0 to rows - 1, kMost at once as far as that goes.
+template <int kMost, class F>
+void for_row_groups(int64_t rows, const F& f) {
+  int64_t r = 0;
+  for (; r + kMost <= rows; r += kMost) f(r, std::integral_constant<int, kMost>());
+  for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
 }
 
-// Where the element that stands at `i` in pairs stands in a row.
+// Rows are read in the order in which they lie, at most two at a time: with four rows of 512 bytes read side by side, the
+// processor's own prefetching kept only half of the memory busy. It stops at the end of a page, too; what lies in the
+// next one is asked for here, into the second cache.
 template <class T>
-int64_t place_in_row(int64_t i) {
-  if constexpr (std::is_same_v<T, float>) return i;
-  const int64_t lane = i % kPair;
-  return i - lane + (lane < kWidth<float> ? 2 * lane : 2 * (lane - kWidth<float>)+1);
+inline void prefetch_rows(const CacheRows<T>& cache, int64_t first, int64_t end, int64_t padded_dim) {
+  for (int64_t i = first; i < end; ++i)
+    for (int64_t d = 0; d < padded_dim; d += 64 / sizeof(T))
+      __builtin_prefetch(reinterpret_cast<const char*>(cache.row(i) + d) + 4096, 0, 1);
 }
 
-// Asks for a row that the next stage will read: while scores are computed, the values; then the next block's keys. The
-// processor's own prefetching would start anew at every stage.
-template <class T>
-inline void prefetch(const T* row, int64_t head_dim) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(row + d);
-}
-
-// s[r][n] = q_r . k_n for kRows queries and `keys` keys. q [rows][padded_dim] in the order of pairs; s [rows][kBlockN].
-// `next` is what will be read after k.
-template <int kRows, class T>
-TOY_LM_NOINLINE void decode_scores(const float* q, int64_t padded_dim, const CacheRows<T>& k, int64_t keys,
-                                   const CacheRows<T>& next, float* s) {
-  constexpr int W = kWidth<float>, kKeys = W / kRows;
+// s[r][n] = q_r . k_n for kRows queries and `keys` keys. q [rows][padded_dim] in K's order; s [rows][kDecodeSplit].
+template <int kRows, class M>
+TOY_LM_NOINLINE void decode_scores(const typename M::Query* q, int64_t padded_dim,
+                                   const CacheRows<typename M::Element>& k, int64_t keys, bool far, float* s) {
+  constexpr int W = kWidth<float>, kKeys = W / kRows, kTogether = std::min(kKeys, 2);
   for (int64_t n = 0; n < keys; n += kKeys) {
+    if (far) prefetch_rows(k, n, n + kKeys, padded_dim);
     Vec<float> sums[W] = {};
-    const T* row[kKeys];
-    for (int i = 0; i < kKeys; ++i) row[i] = k.row(std::min(n + i, keys - 1));
-    for (int i = 0; i < kKeys; ++i) prefetch(next.row(n + i), padded_dim);
-    for (int64_t d = 0; d < padded_dim; d += kPair) {
-      Pair q_d[kRows];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) q_d[r] = {load(q + r * padded_dim + d), load(q + r * padded_dim + d + W)};
 #pragma GCC unroll 16
-      for (int i = 0; i < kKeys; ++i) {
-        const Pair k_d = load_pair(row[i] + d);
+    for (int first = 0; first < kKeys; first += kTogether) {
+      const typename M::Element* row[kTogether];
+      for (int i = 0; i < kTogether; ++i) row[i] = k.row(std::min(n + first + i, keys - 1));
+      for (int64_t d = 0; d < padded_dim; d += kPair) {
+        decltype(M::load_key(q)) q_d[kRows];
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          sums[r * kKeys + i] += q_d[r].x * k_d.x;
-          sums[r * kKeys + i] += q_d[r].y * k_d.y;
+        for (int r = 0; r < kRows; ++r) q_d[r] = M::load_key(q + r * padded_dim + d);
+#pragma GCC unroll 2
+        for (int i = 0; i < kTogether; ++i) {
+          const auto k_d = M::load_key(row[i] + d);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            Vec<float>& sum = sums[r * kKeys + first + i];
+            sum = M::add_score(sum, q_d[r], k_d);
+          }
         }
       }
     }
     const Vec<float> scores = sum_rows<float, 1>(sums);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
-      std::memcpy(s + r * kBlockN + n, reinterpret_cast<const float*>(&scores) + r * kKeys, kKeys * sizeof(float));
+      std::memcpy(s + r * kDecodeSplit + n, reinterpret_cast<const float*>(&scores) + r * kKeys, kKeys * sizeof(float));
   }
 }
 
-// acc_r = alpha_r acc_r + sum_n p[r][n] v_n for kRows queries and kPairs pairs of columns. p [rows][kBlockN]
-template <int kRows, int kPairs, class T>
-inline void decode_values_tile(const float* p, const float* alpha, const CacheRows<T>& v, int64_t keys,
-                               const CacheRows<T>& next, int64_t d, float* acc, int64_t padded_dim) {
+// acc_r += sum_n p[r][n] v_n for kRows queries and kPairs pairs of columns.
+template <int kRows, int kPairs, class M>
+inline void decode_values_tile(const typename M::Query* p, int64_t p_row, const CacheRows<typename M::Element>& v,
+                               int64_t keys, int64_t d, float* acc, int64_t padded_dim) {
   constexpr int W = kWidth<float>;
   Pair sums[kRows][kPairs];
 #pragma GCC unroll 4
@@ -1209,20 +1275,22 @@ inline void decode_values_tile(const float* p, const float* alpha, const CacheRo
 #pragma GCC unroll 4
     for (int j = 0; j < kPairs; ++j) {
       const float* at = acc + r * padded_dim + d + j * kPair;
-      sums[r][j] = {load(at) * alpha[r], load(at + W) * alpha[r]};
+      sums[r][j] = {load(at), load(at + W)};
     }
-  for (int64_t n = 0; n < keys; ++n) {
-    prefetch(next.row(n) + d, kPairs * kPair);
-    Pair v_n[kPairs];
+  for (int64_t n = 0; n < keys; n += M::kValueKeys) {
+    const typename M::Element *first = v.row(n) + d, *last = v.row(std::min(n + M::kValueKeys, keys) - 1) + d;
+    decltype(M::load_values(first, last)) v_n[kPairs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kPairs; ++j) v_n[j] = load_pair(v.row(n) + d + j * kPair);
+    for (int j = 0; j < kPairs; ++j) {
+      v_n[j] = M::load_values(first + j * kPair, last + j * kPair);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const Vec<float> p_n = broadcast(p[r * kBlockN + n]);
+      const auto p_n = M::load_weight(p + r * p_row + n);
 #pragma GCC unroll 4
       for (int j = 0; j < kPairs; ++j) {
-        sums[r][j].x += p_n * v_n[j].x;
-        sums[r][j].y += p_n * v_n[j].y;
+        sums[r][j].x = M::add_value(sums[r][j].x, p_n, v_n[j].x);
+        sums[r][j].y = M::add_value(sums[r][j].y, p_n, v_n[j].y);
       }
     }
   }
@@ -1235,52 +1303,50 @@ inline void decode_values_tile(const float* p, const float* alpha, const CacheRo
     }
 }
 
-template <int kRows, class T>
-TOY_LM_NOINLINE void decode_values(const float* p, const float* alpha, const CacheRows<T>& v, int64_t keys,
-                                   const CacheRows<T>& next, float* acc, int64_t padded_dim) {
-  constexpr int kPairs = kRegisters == 32 ? 8 / std::max(kRows, 2) : 2;  // as many sums as registers hold
-  int64_t d = 0;
-  for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair)
-    decode_values_tile<kRows, kPairs>(p, alpha, v, keys, next, d, acc, padded_dim);
-  if constexpr (kPairs > 2)
-    for (; d + 2 * kPair <= padded_dim; d += 2 * kPair)
-      decode_values_tile<kRows, 2>(p, alpha, v, keys, next, d, acc, padded_dim);
-  for (; d < padded_dim; d += kPair) decode_values_tile<kRows, 1>(p, alpha, v, keys, next, d, acc, padded_dim);
+// The same for all `rows` queries. From memory, few keys at a time: what is read again, for other queries, is then still
+// in the first cache.
+template <int kRows, int kPairs, class M>
+TOY_LM_NOINLINE void decode_values(int64_t rows, const typename M::Query* p, int64_t p_row,
+                                   const CacheRows<typename M::Element>& v, int64_t keys, bool far, float* acc,
+                                   int64_t padded_dim) {
+  const int64_t step = far ? 16 : keys;
+  for (int64_t n = 0; n < keys; n += step) {
+    const int64_t count = std::min(step, keys - n);
+    const CacheRows<typename M::Element> v_n{v.row(n), v.stride};
+    if (far) prefetch_rows(v_n, 0, count, padded_dim);
+    for_row_groups<kRows>(rows, [&](int64_t r, auto group) {
+      int64_t d = 0;
+      for (; d + kPairs * kPair <= padded_dim; d += kPairs * kPair)
+        decode_values_tile<group(), kPairs, M>(p + r * p_row + n, p_row, v_n, count, d, acc + r * padded_dim,
+                                               padded_dim);
+      for (; d < padded_dim; d += kPair)
+        decode_values_tile<group(), 1, M>(p + r * p_row + n, p_row, v_n, count, d, acc + r * padded_dim, padded_dim);
+    });
+  }
 }
 
-// Calls f(row, number of rows as a constant) for rows 0 to rows - 1, several at once.
-template <class F>
-void for_row_groups(int64_t rows, const F& f) {
-  constexpr int kMost = kRegisters == 32 ? 4 : 2;
-  int64_t r = 0;
-  for (; r + kMost <= rows; r += kMost) f(r, std::integral_constant<int, kMost>());
-  for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
-}
-
+template <class Query>
 struct DecodeBuffers {
-  Buffer<float> q, k, v, s;
+  Buffer<Query> q;
+  Buffer<float> s, copy;
 };
 
-// The softmax of one row of scores against what came before; s [kBlockN] becomes p. Returns the factor for older
-// results.
-inline float online_softmax_row(float* s, float factor, float* row_max, float* row_sum) {
+// p [count] = exp(s - row_max), zeros up to the next whole vector; p may be the memory of s. Returns the greatest score
+// and the sum.
+template <class M>
+std::pair<float, float> softmax_row(float* s, int64_t count, float factor, typename M::Query* p) {
   constexpr float kHidden = -std::numeric_limits<float>::infinity();
   constexpr int W = kWidth<float>;
-  const float old_max = *row_max;
-  Vec<float> maxima = broadcast(old_max);
-  for (int64_t i = 0; i < kBlockN; i += W) maxima = max<float>(load(s + i), maxima);
-  const float new_max = max_lanes<float>(maxima);
-  const float shift = new_max == kHidden ? 0.0f : new_max * factor;
-  Vec<float> sums{};
-  for (int64_t i = 0; i < kBlockN; i += W) {
-    const Vec<float> p = exp2(load(s + i) * factor - shift);
-    store(s + i, p);
-    sums += p;
+  std::fill(s + count, s + round_up(count, W), kHidden);
+  Vec<float> maxima = broadcast(kHidden), sums{};
+  for (int64_t i = 0; i < count; i += W) maxima = max<float>(load(s + i), maxima);
+  const float row_max = max_lanes<float>(maxima), shift = row_max == kHidden ? 0.0f : row_max * factor;
+  for (int64_t i = 0; i < count; i += W) {
+    const Vec<float> weights = exp2(load(s + i) * factor - shift);
+    M::store_weights(p + i, weights);
+    sums += weights;
   }
-  const float alpha = new_max == old_max ? 1.0f : exp2(broadcast(old_max * factor - shift))[0];
-  *row_max = new_max;
-  *row_sum = *row_sum * alpha + sum_lanes<float>(sums);
-  return alpha;
+  return {row_max, sum_lanes<float>(sums)};
 }
 
 // Can rows of a cache be read as they lie?
@@ -1303,64 +1369,86 @@ CacheRows<T> cache_rows(const Matrix& matrix, int64_t first, int64_t rows, int64
   return {matrix.row<T>(first), matrix.row_stride};
 }
 
-// The queries of the heads that share a key head, over keys [key_begin, key_end): acc [rows][padded_dim], not yet
-// divided by row_sum, and row_max, row_sum [rows]. Row r is query r % seqlen_q of head r / seqlen_q of the group.
-template <class T>
+// One query in the order and type of a cache's arithmetic: to [padded_dim], zero beyond head_dim.
+template <class M>
+void read_query(const Matrix& row, int64_t head_dim, int64_t padded_dim, typename M::Query* to) {
+  if constexpr (std::is_same_v<typename M::Query, float>) {
+    float ordered[kMaxHeadDim + kPair];
+    read_rows(row, 1, head_dim, ordered, padded_dim, 1);
+    for (int64_t d = 0; d < padded_dim; ++d) to[d] = ordered[M::place_in_query(d)];
+  } else {
+    for (int64_t d = 0; d < head_dim; ++d) to[d] = row.row<BFloat16>(0)[d * row.dim_stride];
+  }
+}
+
+// The queries of the heads that share a key head, over keys [key_begin, key_end), at most kDecodeSplit: acc
+// [rows][padded_dim], not yet divided by row_sum, and row_max, row_sum [rows]. Row r is query r % seqlen_q of head
+// r / seqlen_q of the group.
+template <class M>
 void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_head, int64_t key_begin, int64_t key_end,
-                  const Heads& q, const Matrix& k, const Matrix& v, float* acc, float* row_max, float* row_sum) {
-  thread_local DecodeBuffers buffers;
+                  const Heads& q, const Matrix& k, const Matrix& v, bool far, float* acc, float* row_max,
+                  float* row_sum) {
+  using T = typename M::Element;
+  using Query = typename M::Query;
+  thread_local DecodeBuffers<Query> buffers;
   constexpr float kHidden = -std::numeric_limits<float>::infinity();
   constexpr int W = kWidth<float>;
+  constexpr int kMost = kRegisters == 32 ? 4 : 2;  // query rows at once
   const int64_t head_dim = problem.head_dim, padded_dim = round_up(head_dim, kPair), groups = problem.groups();
   const int64_t seqlen_q = sequence.seqlen_q, rows = groups * seqlen_q;
   const Visible visible(problem.options, sequence);
   const Scores<float> scores(problem.options);
-  float* q_rows = buffers.q.at_least((rows + 1) * padded_dim);
-  float* s = buffers.s.at_least(rows * (kBlockN + 1));
-  float *alpha = s + rows * kBlockN, *q_row = q_rows + rows * padded_dim;
-  for (int64_t r = 0; r < rows; ++r) {
-    const Matrix row = q.at(sequence.batch, kv_head * groups + r / seqlen_q, r % seqlen_q);
-    read_rows(row, 1, head_dim, q_row, padded_dim, 1);
-    for (int64_t d = 0; d < padded_dim; ++d) q_rows[r * padded_dim + d] = q_row[place_in_row<T>(d)];
-  }
   std::fill_n(acc, rows * padded_dim, 0.0f);
   std::fill_n(row_max, rows, kHidden);
   std::fill_n(row_sum, rows, 0.0f);
-
   key_begin = std::max(key_begin, visible.key_begin(0));
   key_end = std::min(key_end, visible.key_end(seqlen_q - 1));
+  if (key_begin >= key_end) return;
+
+  Query* q_rows = buffers.q.at_least(rows * padded_dim);
+  float* s = buffers.s.at_least(rows * kDecodeSplit);  // S [rows][kDecodeSplit]
+  Query* p = reinterpret_cast<Query*>(s);              // P [rows][p_row], in the same place
+  constexpr int64_t p_row = kDecodeSplit * sizeof(float) / sizeof(Query);
+  for (int64_t r = 0; r < rows; ++r)
+    read_query<M>(q.at(sequence.batch, kv_head * groups + r / seqlen_q, r % seqlen_q), head_dim, padded_dim,
+                  q_rows + r * padded_dim);
+
+  // S = Q K^T
   for (int64_t n = key_begin; n < key_end; n += kBlockN) {
     const int64_t keys = std::min(kBlockN, key_end - n);
-    const CacheRows<T> k_rows = cache_rows<T>(k, n, keys, head_dim, buffers.k);
-    const CacheRows<T> v_rows = cache_rows<T>(v, n, keys, head_dim, buffers.v);
-    const CacheRows<T> next_k_rows{k_rows.row(kBlockN), k_rows.stride};
-
-    // S = Q K^T
-    for_row_groups(rows, [&](int64_t r, auto count) {
-      decode_scores<count()>(q_rows + r * padded_dim, padded_dim, k_rows, keys, v_rows, s + r * kBlockN);
+    const CacheRows<T> k_rows = cache_rows<T>(k, n, keys, head_dim, buffers.copy);
+    for_row_groups<kMost>(rows, [&](int64_t r, auto group) {
+      decode_scores<group(), M>(q_rows + r * padded_dim, padded_dim, k_rows, keys, far && r == 0,
+                                s + r * kDecodeSplit + n - key_begin);
     });
-    for (int64_t r = 0; r < rows; ++r) {
-      float* s_row = s + r * kBlockN;
-      if (scores.negate || scores.capped)
-        for (int64_t i = 0; i < kBlockN; i += W) {
-          const Vec<float> score = scores.negate ? -load(s_row + i) : load(s_row + i);
-          store(s_row + i, scores.capped ? tanh(score * scores.before_cap) : score);
-        }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* s_row = s + r * kDecodeSplit;
+    const int64_t keys = key_end - key_begin;
+    if (scores.negate || scores.capped)
+      for (int64_t i = 0; i < keys; i += W) {
+        const Vec<float> score = scores.negate ? -load(s_row + i) : load(s_row + i);
+        store(s_row + i, scores.capped ? tanh(score * scores.before_cap) : score);
+      }
 
-      // Mask
-      const int64_t first = std::clamp<int64_t>(visible.key_begin(r % seqlen_q) - n, 0, keys);
-      const int64_t last = std::clamp<int64_t>(visible.key_end(r % seqlen_q) - n, first, keys);
-      std::fill(s_row, s_row + first, kHidden);
-      std::fill(s_row + last, s_row + kBlockN, kHidden);
+    // Mask
+    const int64_t first = std::clamp<int64_t>(visible.key_begin(r % seqlen_q) - key_begin, 0, keys);
+    const int64_t last = std::clamp<int64_t>(visible.key_end(r % seqlen_q) - key_begin, first, keys);
+    std::fill(s_row, s_row + first, kHidden);
+    std::fill(s_row + last, s_row + keys, kHidden);
 
-      // Online softmax
-      alpha[r] = online_softmax_row(s_row, scores.factor, row_max + r, row_sum + r);
-    }
+    // Softmax
+    std::tie(row_max[r], row_sum[r]) = softmax_row<M>(s_row, keys, scores.factor, p + r * p_row);
+  }
 
-    // Rescale; O += P V
-    for_row_groups(rows, [&](int64_t r, auto count) {
-      decode_values<count()>(s + r * kBlockN, alpha + r, v_rows, keys, next_k_rows, acc + r * padded_dim, padded_dim);
-    });
+  // O = P V
+  for (int64_t n = key_begin; n < key_end; n += kBlockN) {
+    const int64_t keys = std::min(kBlockN, key_end - n);
+    const CacheRows<T> v_rows = cache_rows<T>(v, n, keys, head_dim, buffers.copy);
+    if (kMost == 4 && padded_dim > 2 * kPair)  // half as many queries at once, so that rows can be read whole
+      decode_values<2, 4, M>(rows, p + n - key_begin, p_row, v_rows, keys, far, acc, padded_dim);
+    else
+      decode_values<kMost, 2, M>(rows, p + n - key_begin, p_row, v_rows, keys, far, acc, padded_dim);
   }
 }
 
@@ -1382,13 +1470,17 @@ TOY_LM_NOINLINE void combine_splits(const float* acc, const float* row_max, cons
     for (int64_t d = 0; d < padded_dim; ++d) out[d] /= total;
 }
 
-template <class T>
+template <class M>
 void decode_all(const Problem& problem, const Heads& q, const Heads& k, const Heads& v, const Heads& out) {
   const int64_t num_kv_heads = problem.num_kv_heads, groups = problem.groups(), head_dim = problem.head_dim;
   const int64_t padded_dim = round_up(head_dim, kPair), seqlen_q = problem.sequences[0].seqlen_q,
                 rows = groups * seqlen_q;
-  int64_t longest = 0;
-  for (const Sequence& sequence : problem.sequences) longest = std::max(longest, sequence.seqlen_k);
+  int64_t longest = 0, keys = 0;
+  for (const Sequence& sequence : problem.sequences) {
+    longest = std::max(longest, sequence.seqlen_k);
+    keys += sequence.seqlen_k;
+  }
+  const bool far = 2 * keys * num_kv_heads * head_dim * int64_t{sizeof(typename M::Element)} > kFarBytes;
   const int64_t splits = std::max<int64_t>(ceil_div(longest, kDecodeSplit), 1);
   const int64_t heads = static_cast<int64_t>(problem.sequences.size()) * num_kv_heads;
   const double flops = 16.0 * count_flops(problem);  // bound by memory, an operation takes the time of many
@@ -1403,8 +1495,8 @@ void decode_all(const Problem& problem, const Heads& q, const Heads& k, const He
   for_each_task(heads * splits, flops, [&](int64_t task) {
     const int64_t head = task / splits, kv_head = head % num_kv_heads, begin = task % splits * kDecodeSplit;
     const Sequence& sequence = problem.sequences[head / num_kv_heads];
-    decode_split<T>(problem, sequence, kv_head, begin, std::min(begin + kDecodeSplit, sequence.seqlen_k), q,
-                    k.at(sequence.batch, kv_head, 0), v.at(sequence.batch, kv_head, 0), acc + task * rows * padded_dim,
+    decode_split<M>(problem, sequence, kv_head, begin, std::min(begin + kDecodeSplit, sequence.seqlen_k), q,
+                    k.at(sequence.batch, kv_head, 0), v.at(sequence.batch, kv_head, 0), far, acc + task * rows * padded_dim,
                     row_max + task * rows, row_sum + task * rows);
   });
   const float factor = Scores<float>(problem.options).factor;
@@ -1412,7 +1504,7 @@ void decode_all(const Problem& problem, const Heads& q, const Heads& k, const He
     for (int64_t r = 0; r < rows; ++r) {
       combine_splits(acc + head * splits * rows * padded_dim, row_max + head * splits * rows,
                      row_sum + head * splits * rows, splits, rows, r, padded_dim, factor, row_out);
-      for (int64_t d = 0; d < padded_dim; ++d) ordered[place_in_row<T>(d)] = row_out[d];
+      for (int64_t d = 0; d < padded_dim; ++d) ordered[M::place_in_values(d)] = row_out[d];
       const int64_t q_head = head % num_kv_heads * groups + r / seqlen_q;
       write_rows(out.at(head / num_kv_heads, q_head, r % seqlen_q), 1, head_dim, 1.0f, ordered, padded_dim);
     }
@@ -1541,7 +1633,7 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_s
   const Heads k(k_cache, false, true), v(v_cache, false, true);
   const bool in_place =
       pairs_in_place<BFloat16>(k.first, problem.head_dim) && pairs_in_place<BFloat16>(v.first, problem.head_dim);
-  (in_place ? decode_all<BFloat16> : decode_all<float>)(problem, Heads(q, false, true), k, v, Heads(out, false, true));
+  (in_place ? decode_all<Bf16Rows> : decode_all<FloatRows<float>>)(problem, Heads(q, false, true), k, v, Heads(out, false, true));
   return out;
 }
 

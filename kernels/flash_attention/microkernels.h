@@ -90,6 +90,17 @@ inline Vec<E> broadcast(E x) {
   return x - Vec<E>{};
 }
 
+// Holds x in a register. GCC would read it from memory again for every use, which takes as long as the product it is for.
+template <class V>
+inline V keep(V x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 template <class E>
 inline Vec<E> select(Bits<E> condition, Vec<E> yes, Vec<E> no) {
   return condition ? yes : no;
@@ -308,15 +319,27 @@ inline void load_transposed(const E* from, int64_t from_row, Vec<E>* rows) {
   }
 }
 
-// Lane i becomes the sum of the lanes of rows[i]: the same exchanges, with a sum after each.
+// From x where lane & kStep is 0 and from y elsewhere: the lane itself, or (kCross) the one kStep away.
+template <class E, int kStep, bool kCross, size_t... kLane>
+inline Vec<E> merge(Vec<E> x, Vec<E> y, std::index_sequence<kLane...>) {
+  constexpr int W = kWidth<E>;
+  constexpr auto source = [](int lane) { return (lane & kStep ? W : 0) + (kCross ? lane ^ kStep : lane); };
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, source(kLane)...);
+#else
+  return __builtin_shuffle(x, y, Bits<E>{source(kLane)...});
+#endif
+}
+
+// Lane i becomes the sum of the lanes of rows[i].
 template <class E, int kStep>
 inline Vec<E> sum_rows(Vec<E>* rows) {
   constexpr int W = kWidth<E>;
   if constexpr (kStep < W) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; i += 2 * kStep)
-      rows[i] = exchange<E, kStep, true>(rows[i], rows[i + kStep], std::make_index_sequence<W>()) +
-                exchange<E, kStep, false>(rows[i], rows[i + kStep], std::make_index_sequence<W>());
+      rows[i] = merge<E, kStep, false>(rows[i], rows[i + kStep], std::make_index_sequence<W>()) +
+                merge<E, kStep, true>(rows[i], rows[i + kStep], std::make_index_sequence<W>());
     return sum_rows<E, kStep * 2>(rows);
   } else {
     return rows[0];
@@ -443,6 +466,11 @@ struct BFloat16 {
 // Rounds to nearest, ties to even; numbers below the smallest normal one become 0.
 inline void store_rounded(BFloat16* to, Vec<float> x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+
+// sum += x y, for the pairs of each lane.
+inline Vec<float> dot_pairs(Vec<float> sum, Vec<uint32_t> x, Vec<uint32_t> y) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
 }
 
 #if defined(TOY_LM_AMX)
