@@ -1561,13 +1561,31 @@ Problem packed_problem(const Tensor& q, const Tensor& k, const Tensor& cu_seqlen
   return problem;
 }
 
+// Torch's own empty_like and new_empty find their operator by its name in every call, for as long as a small kernel takes.
+Tensor uninitialized(const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor uninitialized_like(const Tensor& x) {
+  if (!x.is_contiguous()) return torch::stable::empty_like(x);
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  const auto sizes = x.sizes();
+  return uninitialized({sizes.begin(), sizes.end()}, dtype);
+}
+
 std::tuple<Tensor, Tensor> run_forward(const Problem& problem, const Tensor& q, const Tensor& k, const Tensor& v,
                                        bool packed) {
   const ScalarType dtype = q.scalar_type();
-  const ScalarType lse_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = torch::stable::empty_like(q);
-  Tensor lse = packed ? torch::stable::new_empty(q, {q.size(1), q.size(0)}, lse_dtype)
-                      : torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, lse_dtype);
+  const int32_t lse_dtype = dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  Tensor out = uninitialized_like(q);
+  Tensor lse = packed ? uninitialized({q.size(1), q.size(0)}, lse_dtype)
+                      : uninitialized({q.size(0), q.size(1), q.size(2)}, lse_dtype);
   with_arithmetic<32>(dtype, [&](auto arithmetic) {
     forward_all<decltype(arithmetic)>(problem, Heads(q, packed, true), Heads(k, packed, true), Heads(v, packed, true),
                                       Heads(out, packed, true), Heads(lse, packed, false));
@@ -1578,7 +1596,7 @@ std::tuple<Tensor, Tensor> run_forward(const Problem& problem, const Tensor& q, 
 std::tuple<Tensor, Tensor, Tensor> run_backward(const Problem& problem, const Tensor& dout,
                                                 const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
                                                 const Tensor& v, const Tensor& out, const Tensor& lse, bool packed) {
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
+  Tensor dq = uninitialized_like(q), dk = uninitialized_like(k), dv = uninitialized_like(v);
   BackwardHeads x{Heads(dout, packed, true), dlse ? Heads(*dlse, packed, false) : Heads(),
                   Heads(q, packed, true),    Heads(k, packed, true),
                   Heads(v, packed, true),    Heads(out, packed, true),
@@ -1630,10 +1648,10 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_s
                     " for sequence ", b, ", allowed are 0 to the capacity ", k_cache.size(2));
     problem.sequences.push_back({b, 0, 0, q.size(2), seqlens[b]});
   }
-  if (q.numel() == 0) return torch::stable::empty_like(q);
+  if (q.numel() == 0) return uninitialized_like(q);
   if (q.scalar_type() == ScalarType::Double || problem.groups() * q.size(2) > kDecodeRows)
     return std::get<0>(run_forward(problem, q, k_cache, v_cache, false));
-  Tensor out = torch::stable::empty_like(q);
+  Tensor out = uninitialized_like(q);
   const Heads k(k_cache, false, true), v(v_cache, false, true);
   const bool in_place =
       pairs_in_place<BFloat16>(k.first, problem.head_dim) && pairs_in_place<BFloat16>(v.first, problem.head_dim);

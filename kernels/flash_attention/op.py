@@ -11,6 +11,8 @@ The tensor's device picks the kernel: `cpu.cpp` registers itself, `bind_cuda` re
 Knows torch and its own folder; knows nothing of models.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,11 +68,9 @@ def flash_attention(
 
     Raises ValueError naming the argument, what it got and what it allows.
     """
-    _check_tensors(q, k, v, heads_dim=1, dims=4)
-    _check_supported(q)
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(f"k: got batch {k.shape[0]}, q has batch {q.shape[0]}")
-    options = _options(q, softmax_scale, causal, window_size, softcap)
+    head_dim = _check_batches(q, k, v)
+    _check_supported(q, head_dim)
+    options = _options(head_dim, softmax_scale, causal, window_size, softcap)
     ensure(q.device.type)
     out, lse = _ops.flash_attention_forward(q, k, v, *options)
     return (out, lse) if return_lse else out
@@ -92,12 +92,10 @@ def classic_attention(
     Arguments, results and errors are those of `flash_attention`, in any floating dtype and with any head_dim. Can be
     differentiated any number of times.
     """
-    _check_tensors(q, k, v, heads_dim=1, dims=4)
-    if not q.dtype.is_floating_point or q.shape[-1] < 1:
-        raise ValueError(f"q: got {q.dtype}, head_dim {q.shape[-1]}, needs a floating dtype and head_dim 1 or more")
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(f"k: got batch {k.shape[0]}, q has batch {q.shape[0]}")
-    _options(q, softmax_scale, causal, window_size, softcap)
+    head_dim = _check_batches(q, k, v)
+    if not q.dtype.is_floating_point or head_dim < 1:
+        raise ValueError(f"q: got {q.dtype}, head_dim {head_dim}, needs a floating dtype and head_dim 1 or more")
+    _options(head_dim, softmax_scale, causal, window_size, softcap)
     return reference.classic_attention(
         q,
         k,
@@ -135,8 +133,8 @@ def flash_attention_varlen(
     Returns out (total_q, num_heads, head_dim) and with `return_lse` also lse (num_heads, total_q). The lengths are read
     by the kernel alone, so that nothing waits for the GPU: they are not checked against total_q and max_seqlen_q.
     """
-    _check_tensors(q, k, v, heads_dim=1, dims=3)
-    _check_supported(q)
+    _, (*_, head_dim) = _check_tensors(q, k, v, dims=3)
+    _check_supported(q, head_dim)
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
             raise ValueError(f"{name}: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, needs int32 (documents + 1,)")
@@ -148,7 +146,7 @@ def flash_attention_varlen(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest < 0:
             raise ValueError(f"{name}: got {longest}, needs 0 or more")
-    options = _options(q, softmax_scale, causal, window_size, softcap)
+    options = _options(head_dim, softmax_scale, causal, window_size, softcap)
     ensure(q.device.type)
     sequences = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
     out, lse = _ops.flash_attention_varlen_forward(q, k, v, *sequences, *options)
@@ -175,16 +173,14 @@ def decode_attention(
     Returns out, laid out in memory as q is. Query i of a sequence sees keys j <= i + cache_seqlens - seqlen_q. Has no
     derivatives. The result does not depend on capacity.
     """
-    _check_tensors(q, k_cache, v_cache, heads_dim=1, dims=4, names=("q", "k_cache", "v_cache"))
-    _check_supported(q)
-    if q.shape[0] != k_cache.shape[0]:
-        raise ValueError(f"k_cache: got batch {k_cache.shape[0]}, q has batch {q.shape[0]}")
+    head_dim = _check_batches(q, k_cache, v_cache, names=("q", "k_cache", "v_cache"))
+    _check_supported(q, head_dim)
     if cache_seqlens.dtype != torch.int32 or cache_seqlens.shape != (q.shape[0],):
         got = f"{cache_seqlens.dtype} {tuple(cache_seqlens.shape)}"
         raise ValueError(f"cache_seqlens: got {got}, needs int32 ({q.shape[0]},), a length for each sequence")
     if cache_seqlens.device != q.device:
         raise ValueError(f"cache_seqlens: got device {cache_seqlens.device}, q is on {q.device}")
-    scale, _, window, cap = _options(q, softmax_scale, True, window_size, softcap)
+    scale, _, window, cap = _options(head_dim, softmax_scale, True, window_size, softcap)
     ensure(q.device.type)
     return _ops.decode_attention(q, k_cache, v_cache, cache_seqlens.contiguous(), scale, window, cap)
 
@@ -203,9 +199,9 @@ def explain(
 
     Arguments, and errors, as `flash_attention`. Runs nothing.
     """
-    _check_tensors(q, k, v, heads_dim=1, dims=4)
-    _check_supported(q)
-    options = _options(q, softmax_scale, causal, window_size, softcap)
+    head_dim = _check_batches(q, k, v)
+    _check_supported(q, head_dim)
+    options = _options(head_dim, softmax_scale, causal, window_size, softcap)
     binding = load(q.device)
     if q.device.type != "cuda" or binding.kind != "fused":
         return binding.line
@@ -214,14 +210,24 @@ def explain(
     return f"{binding.line}\n{dispatch.explain(q, k, v, *options)}"
 
 
+def _check_batches(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> int:
+    """Of (batch, heads, seqlen, head_dim) tensors; returns head_dim."""
+    shape, kv_shape = _check_tensors(q, k, v, dims=4, names=names)
+    if shape[0] != kv_shape[0]:
+        raise ValueError(f"{names[1]}: got batch {kv_shape[0]}, q has batch {shape[0]}")
+    return shape[3]
+
+
 def _check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, *, heads_dim: int, dims: int, names: tuple[str, str, str] = ("q", "k", "v")
-) -> None:
-    alike = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device and k.shape == v.shape
-    if alike and q.dim() == k.dim() == dims and q.shape[-1] == k.shape[-1]:
-        num_heads, num_kv_heads = q.shape[heads_dim], k.shape[heads_dim]
-        if num_kv_heads > 0 and num_heads % num_kv_heads == 0:
-            return  # nearly always: what follows takes as long as the rest of a call
+    q: Tensor, k: Tensor, v: Tensor, *, dims: int, names: tuple[str, str, str] = ("q", "k", "v")
+) -> tuple[torch.Size, torch.Size]:
+    """Returns the shapes of q and of k and v. A small kernel takes no longer than this: nothing is asked for twice."""
+    shape, kv_shape = q.shape, k.shape
+    alike = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device and kv_shape == v.shape
+    if alike and len(shape) == len(kv_shape) == dims and shape[-1] == kv_shape[-1]:
+        num_kv_heads = kv_shape[1]
+        if num_kv_heads > 0 and shape[1] % num_kv_heads == 0:
+            return shape, kv_shape
     for name, x in zip(names, (q, k, v), strict=True):
         if x.dim() != dims:
             layout = "(batch, heads, seqlen, head_dim)" if dims == 4 else "(total, heads, head_dim)"
@@ -232,30 +238,28 @@ def _check_tensors(
             raise ValueError(f"{name}: got device {x.device}, q is on {q.device}")
         if x.shape[-1] != q.shape[-1]:
             raise ValueError(f"{name}: got head_dim {x.shape[-1]}, q has {q.shape[-1]}")
-    if k.shape != v.shape:
-        raise ValueError(f"{names[2]}: got shape {tuple(v.shape)}, {names[1]} has {tuple(k.shape)}")
-    num_heads, num_kv_heads = q.shape[heads_dim], k.shape[heads_dim]
-    if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
-        raise ValueError(f"{names[1]}: got {num_kv_heads} heads, needs a divisor of q's {num_heads}")
+    if kv_shape != v.shape:
+        raise ValueError(f"{names[2]}: got shape {tuple(v.shape)}, {names[1]} has {tuple(kv_shape)}")
+    raise ValueError(f"{names[1]}: got {kv_shape[1]} heads, needs a divisor of q's {shape[1]}")
 
 
-def _check_supported(q: Tensor) -> None:
+def _check_supported(q: Tensor, head_dim: int) -> None:
     """What the fused kernels cannot do, and `classic_attention` can."""
     if q.dtype not in DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
         raise ValueError(f"q: got {q.dtype}, allowed are float32, float16 and bfloat16 (on the CPU also float64)")
-    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"q: got head_dim {q.shape[-1]}, allowed are 1 to {MAX_HEAD_DIM}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: got head_dim {head_dim}, allowed are 1 to {MAX_HEAD_DIM}")
 
 
 def _options(
-    q: Tensor, softmax_scale: float | None, causal: bool, window_size: int | None, softcap: float
+    head_dim: int, softmax_scale: float | None, causal: bool, window_size: int | None, softcap: float
 ) -> tuple[float, bool, int, float]:
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size: got {window_size}, needs 1 or more, or None for no window")
-    if not 0.0 <= softcap < float("inf"):
+    if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap: got {softcap}, needs a finite number, 0 (off) or more")
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if not abs(scale) < float("inf"):
+    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    if not abs(scale) < math.inf:
         raise ValueError(f"softmax_scale: got {softmax_scale}, needs a finite number")
     return scale, bool(causal), NO_WINDOW if window_size is None else window_size, float(softcap)
 
