@@ -1134,15 +1134,21 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
 
 constexpr int64_t kPair = 2 * kWidth<float>;
 
-// Rows of the cache, taken in turns from kStreams parts of `part` rows each, and at last those that are left over.
+// Rows of the cache in the order in which they are read: one after the other, or in turns from four streams, each with a
+// quarter of the rows.
 template <class T>
 struct CacheRows {
-  static constexpr int64_t kStreams = 4;
   const T* first;
-  int64_t stride, part;
+  int64_t step, next_four;  // from a row to the one read next, and from that to the one four later
+  int64_t quarter = 0;      // rows in a stream, if there are four
 
-  int64_t key(int64_t i) const { return i < kStreams * part ? (i & (kStreams - 1)) * part + (i >> 2) : i; }
-  const T* row(int64_t i) const { return first + key(i) * stride; }
+  const T* row(int64_t i) const { return first + (i & 3) * step + (i >> 2) * next_four; }
+  int64_t key(int64_t i) const { return quarter ? (i & 3) * quarter + (i >> 2) : i; }
+
+  static CacheRows in_order(const T* first, int64_t stride) { return {first, stride, 4 * stride}; }
+  static CacheRows in_streams(const T* first, int64_t stride, int64_t rows) {
+    return {first, rows / 4 * stride, stride, rows / 4};
+  }
 };
 
 template <class V>
@@ -1232,7 +1238,7 @@ template <int kRows, class M>
 TOY_LM_NOINLINE void decode_scores(const typename M::Query* q, int64_t padded_dim,
                                    const CacheRows<typename M::Element>& k, int64_t begin, int64_t end, bool far,
                                    float* s) {
-  constexpr int W = kWidth<float>, kKeys = W / kRows, kTogether = std::min(kKeys, 2);
+  constexpr int W = kWidth<float>, kKeys = W / kRows, kTogether = std::min(kKeys, 4);
   for (int64_t n = begin; n < end; n += kKeys) {
     if (far) prefetch_rows(k, n, n + kKeys, padded_dim);
     Vec<float> sums[W] = {};
@@ -1244,7 +1250,7 @@ TOY_LM_NOINLINE void decode_scores(const typename M::Query* q, int64_t padded_di
         decltype(M::load_key(q)) q_d[kRows];
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) q_d[r] = M::load_key(q + r * padded_dim + d);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < kTogether; ++i) {
           const auto k_d = M::load_key(row[i] + d);
 #pragma GCC unroll 4
@@ -1354,7 +1360,7 @@ bool pairs_in_place(const Matrix& matrix, int64_t head_dim) {
 
 // `rows` rows of a cache as T, where they lie or as a copy in `scratch`, zero beyond head_dim.
 //
-// Where they lie, they are read as four streams. The processor's own prefetching stops at the end of a page, so that one
+// Where they lie, and come from memory, they are read as four streams. The processor's own prefetching stops at the end of a page, so that one
 // stream leaves the memory idle at every page; two cores read 36 GB/s in one stream each, 49 in four, and 55 if they ask
 // for the next page as well (Zen 4, 4 KB pages).
 template <class T>
@@ -1365,9 +1371,11 @@ CacheRows<T> cache_rows(const Matrix& matrix, int64_t first, int64_t rows, int64
       const int64_t stride = round_up(head_dim, kPair);
       float* copy = scratch.at_least(kDecodeSplit * stride);
       read_rows(matrix.from(first), rows, head_dim, copy, stride, rows);
-      return {copy, stride, 0};
+      return CacheRows<T>::in_order(copy, stride);
     }
-  return {matrix.row<T>(first), matrix.row_stride, far ? rows / CacheRows<T>::kStreams : 0};
+  const T* row = matrix.row<T>(first);
+  if (far && rows % 4 == 0) return CacheRows<T>::in_streams(row, matrix.row_stride, rows);
+  return CacheRows<T>::in_order(row, matrix.row_stride);
 }
 
 // One query in the order and type of a cache's arithmetic: to [padded_dim], zero beyond head_dim.
