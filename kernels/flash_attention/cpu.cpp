@@ -1121,8 +1121,9 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
   buffer.release_if_large();
 }
 
-// Decoding: few queries, so that the cache is read once and every vector lies along head_dim. Where the CPU multiplies
-// bf16 pairs fast, a bf16 cache meets q and P in bf16; everything else is in fp32.
+// Decoding: few queries, so that the cache is read once and every vector lies along head_dim. One task, a split, is all
+// queries of one key head and kDecodeSplit keys: all scores, their softmax, then all values, each a long stream. With
+// AVX512_BF16 a bf16 cache is multiplied by q and P in bf16; everything else is in fp32.
 //
 // Of a row of the cache kPair elements are taken at a time, in the order that its arithmetic gets most cheaply:
 //
@@ -1156,7 +1157,6 @@ struct Two {
   V x, y;
 };
 using Pair = Two<Vec<float>>;
-
 
 template <class T>
 struct FloatRows {
@@ -1225,7 +1225,7 @@ void for_row_groups(int64_t rows, const F& f) {
   for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
 }
 
-// Asks for what lies a page further on in the rows [begin, end).
+// Asks for what lies a page further on than the rows [begin, end).
 template <class T>
 inline void prefetch_rows(const CacheRows<T>& cache, int64_t begin, int64_t end, int64_t padded_dim) {
   for (int64_t i = begin; i < end; ++i)
@@ -1240,7 +1240,7 @@ TOY_LM_NOINLINE void decode_scores(const typename M::Query* q, int64_t padded_di
                                    float* s) {
   constexpr int W = kWidth<float>, kKeys = W / kRows, kTogether = std::min(kKeys, 4);
   for (int64_t n = begin; n < end; n += kKeys) {
-    if (far) prefetch_rows(k, n, n + kKeys, padded_dim);
+    if (far) prefetch_rows(k, n, std::min(n + kKeys, end), padded_dim);
     Vec<float> sums[W] = {};
 #pragma GCC unroll 16
     for (int first = 0; first < kKeys; first += kTogether) {

@@ -95,15 +95,31 @@ def check_documents(dtype):
 
 
 def check_decoding(dtype):
-    cache_seqlens = torch.tensor([0, 3, 600], dtype=torch.int32)
-    for groups, seqlen_q, options in ((1, 1, {}), (4, 3, {"window_size": 70}), (2, 20, {"softcap": 5.0})):
-        q = torch.randn(3, 2 * groups, seqlen_q, 40).to(dtype)
-        k_cache, v_cache = (torch.randn(3, 2, 600, 40).to(dtype) for _ in range(2))
-        arguments = (q, k_cache, v_cache)
-        exact = reference.classic_decode(*(x.double() for x in arguments), cache_seqlens, **options)
-        plain = reference.classic_decode(*arguments, cache_seqlens, **options)
-        got = kernels.decode_attention(*arguments, cache_seqlens, **options)
-        assert_close({"out": got}, {"out": plain}, {"out": exact}, (dtype, groups, seqlen_q, options))
+    """Caches that are copied (head_dim 40) and that are read where they lie, from the caches and (33 MB) from memory."""
+    lengths, several = [0, 3, 600], {"window_size": 70}
+    check_decoding_of_size(dtype, lengths, num_kv_heads=2, groups=1, seqlen_q=1, head_dim=40)
+    check_decoding_of_size(dtype, lengths, num_kv_heads=2, groups=4, seqlen_q=3, head_dim=40, **several)
+    check_decoding_of_size(dtype, lengths, num_kv_heads=2, groups=2, seqlen_q=20, head_dim=40, softcap=5.0)
+    check_decoding_of_size(dtype, lengths, num_kv_heads=2, groups=1, seqlen_q=1, head_dim=64)
+    check_decoding_of_size(dtype, lengths, num_kv_heads=2, groups=2, seqlen_q=3, head_dim=160, **several)
+    if dtype in (torch.float32, torch.bfloat16):
+        check_decoding_of_size(dtype, [4110, 4101], num_kv_heads=8, groups=1, seqlen_q=1, head_dim=128)
+        several = {"window_size": 1500, "softmax_scale": -0.1}
+        check_decoding_of_size(dtype, [4110, 4101], num_kv_heads=8, groups=2, seqlen_q=3, head_dim=128, **several)
+
+
+def check_decoding_of_size(dtype, lengths, *, num_kv_heads, groups, seqlen_q, head_dim, **options):
+    cache_seqlens = torch.tensor(lengths, dtype=torch.int32)
+    q = torch.randn(len(lengths), num_kv_heads * groups, seqlen_q, head_dim).to(dtype)
+    cache = len(lengths), num_kv_heads, max(lengths), head_dim
+    k_cache, v_cache = (torch.randn(cache).to(dtype) for _ in range(2))
+    for i, length in enumerate(lengths):
+        k_cache[i, :, length:] = v_cache[i, :, length:] = float("nan")  # never read
+    readable = (q, k_cache.nan_to_num(), v_cache.nan_to_num())
+    exact = reference.classic_decode(*(x.double() for x in readable), cache_seqlens, **options)
+    plain = reference.classic_decode(*readable, cache_seqlens, **options)
+    got = kernels.decode_attention(q, k_cache, v_cache, cache_seqlens, **options)
+    assert_close({"out": got}, {"out": plain}, {"out": exact}, (dtype, q.shape, cache, options))
 
 
 def run_checks(capability, environment=None):
