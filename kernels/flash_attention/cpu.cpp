@@ -1135,8 +1135,8 @@ void backward_all(const Problem& problem, const BackwardHeads& x) {
 
 constexpr int64_t kPair = 2 * kWidth<float>;
 
-// Rows of the cache in the order in which they are read: one after the other, or in turns from four streams, each with a
-// quarter of the rows.
+// Rows of the cache in the order in which they are read: one after the other, or in turns from four streams, each with
+// a quarter of the rows.
 template <class T>
 struct CacheRows {
   const T* first;
@@ -1233,7 +1233,8 @@ inline void prefetch_rows(const CacheRows<T>& cache, int64_t begin, int64_t end,
       __builtin_prefetch(reinterpret_cast<const char*>(cache.row(i) + d) + 4096, 0, 1);
 }
 
-// s[r][n] = q_r . k_n for kRows queries and the keys [begin, end). q [rows][padded_dim] in K's order; s [rows][kDecodeSplit].
+// s[r][n] = q_r . k_n for kRows queries and the keys [begin, end). q [rows][padded_dim] in K's order; s
+// [rows][kDecodeSplit].
 template <int kRows, class M>
 TOY_LM_NOINLINE void decode_scores(const typename M::Query* q, int64_t padded_dim,
                                    const CacheRows<typename M::Element>& k, int64_t begin, int64_t end, bool far,
@@ -1307,8 +1308,8 @@ inline void decode_values_tile(const typename M::Query* p, int64_t p_row, const 
     }
 }
 
-// The same for all `rows` queries. From memory, few keys at a time: what is read again, for other queries, is then still
-// in the first cache.
+// The same for all `rows` queries and all columns. From memory, few keys at a time: what is read again, for other
+// queries, is then still in the first cache.
 template <int kRows, int kPairs, class M>
 TOY_LM_NOINLINE void decode_values(int64_t rows, const typename M::Query* p, int64_t p_row,
                                    const CacheRows<typename M::Element>& v, int64_t begin, int64_t end, bool far,
@@ -1360,9 +1361,9 @@ bool pairs_in_place(const Matrix& matrix, int64_t head_dim) {
 
 // `rows` rows of a cache as T, where they lie or as a copy in `scratch`, zero beyond head_dim.
 //
-// Where they lie, and come from memory, they are read as four streams. The processor's own prefetching stops at the end of a page, so that one
-// stream leaves the memory idle at every page; two cores read 36 GB/s in one stream each, 49 in four, and 55 if they ask
-// for the next page as well (Zen 4, 4 KB pages).
+// Where they lie, and come from memory, they are read as four streams. The processor's own prefetching stops at the end
+// of a page, so that one stream leaves the memory idle at every page: two cores read 36 GB/s in one stream each, 49 in
+// four, and 55 if they ask for the next page as well (Zen 4, 4 KB pages).
 template <class T>
 CacheRows<T> cache_rows(const Matrix& matrix, int64_t first, int64_t rows, int64_t head_dim, bool far,
                         Buffer<float>& scratch) {
@@ -1569,7 +1570,7 @@ Problem packed_problem(const Tensor& q, const Tensor& k, const Tensor& cu_seqlen
   return problem;
 }
 
-// Torch's own empty_like and new_empty find their operator by its name in every call, for as long as a small kernel takes.
+// Torch's own empty_like and new_empty look their operator up by its name in every call: 0.7 us each.
 Tensor uninitialized(const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
@@ -1663,7 +1664,8 @@ Tensor decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_s
   const Heads k(k_cache, false, true), v(v_cache, false, true);
   const bool in_place =
       pairs_in_place<BFloat16>(k.first, problem.head_dim) && pairs_in_place<BFloat16>(v.first, problem.head_dim);
-  (in_place ? decode_all<Bf16Rows> : decode_all<FloatRows<float>>)(problem, Heads(q, false, true), k, v, Heads(out, false, true));
+  const auto decode = in_place ? decode_all<Bf16Rows> : decode_all<FloatRows<float>>;
+  decode(problem, Heads(q, false, true), k, v, Heads(out, false, true));
   return out;
 }
 

@@ -90,7 +90,7 @@ inline Vec<E> broadcast(E x) {
   return x - Vec<E>{};
 }
 
-// Holds x in a register. GCC would read it from memory again for every use, which takes as long as the product it is for.
+// x, held in a register. GCC would read it from memory again for every use, as slowly as it multiplies.
 template <class V>
 inline V keep(V x) {
 #if defined(__x86_64__)
@@ -256,19 +256,33 @@ inline Vec<double> log(Vec<double> x) {
 
 // Transposes
 
+// Lane i is lane source(i) of x, or of y where that is kWidth or more.
+template <class E, class Source, size_t... kLane>
+inline Vec<E> shuffle(Vec<E> x, Vec<E> y, Source, std::index_sequence<kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, Source{}(kLane)...);
+#else
+  return __builtin_shuffle(x, y, Bits<E>{Source{}(kLane)...});
+#endif
+}
+
 // From rows i (x) and i + kStep (y) of 2 kStep x 2 kStep squares: what row i holds (kUpper), or row i + kStep, once the
 // off-diagonal kStep x kStep squares have changed places.
-template <class E, int kStep, bool kUpper, size_t... kLane>
-inline Vec<E> exchange(Vec<E> x, Vec<E> y, std::index_sequence<kLane...>) {
+template <class E, int kStep, bool kUpper>
+inline Vec<E> exchange(Vec<E> x, Vec<E> y) {
   constexpr int W = kWidth<E>;
   constexpr auto source = [](int lane) {
     return kUpper ? ((lane & kStep) ? W + (lane ^ kStep) : lane) : ((lane & kStep) ? W + lane : (lane ^ kStep));
   };
-#if defined(__clang__)
-  return __builtin_shufflevector(x, y, source(kLane)...);
-#else
-  return __builtin_shuffle(x, y, Bits<E>{source(kLane)...});
-#endif
+  return shuffle<E>(x, y, source, std::make_index_sequence<W>());
+}
+
+// From x where lane & kStep is 0 and from y elsewhere: the lane itself, or (kCross) the one kStep away.
+template <class E, int kStep, bool kCross>
+inline Vec<E> merge(Vec<E> x, Vec<E> y) {
+  constexpr int W = kWidth<E>;
+  constexpr auto source = [](int lane) { return (lane & kStep ? W : 0) + (kCross ? lane ^ kStep : lane); };
+  return shuffle<E>(x, y, source, std::make_index_sequence<W>());
 }
 
 // Transposes squares of kEnd vectors by rounds of such exchanges, kStep = 1, 2, 4...
@@ -280,8 +294,8 @@ inline void transpose_square(Vec<E>* rows) {
     for (int i = 0; i < W; ++i) {
       if (i & kStep) continue;
       const Vec<E> x = rows[i], y = rows[i | kStep];
-      rows[i] = exchange<E, kStep, true>(x, y, std::make_index_sequence<W>());
-      rows[i | kStep] = exchange<E, kStep, false>(x, y, std::make_index_sequence<W>());
+      rows[i] = exchange<E, kStep, true>(x, y);
+      rows[i | kStep] = exchange<E, kStep, false>(x, y);
     }
     transpose_square<E, kStep * 2, kEnd>(rows);
   }
@@ -319,18 +333,6 @@ inline void load_transposed(const E* from, int64_t from_row, Vec<E>* rows) {
   }
 }
 
-// From x where lane & kStep is 0 and from y elsewhere: the lane itself, or (kCross) the one kStep away.
-template <class E, int kStep, bool kCross, size_t... kLane>
-inline Vec<E> merge(Vec<E> x, Vec<E> y, std::index_sequence<kLane...>) {
-  constexpr int W = kWidth<E>;
-  constexpr auto source = [](int lane) { return (lane & kStep ? W : 0) + (kCross ? lane ^ kStep : lane); };
-#if defined(__clang__)
-  return __builtin_shufflevector(x, y, source(kLane)...);
-#else
-  return __builtin_shuffle(x, y, Bits<E>{source(kLane)...});
-#endif
-}
-
 // Lane i becomes the sum of the lanes of rows[i].
 template <class E, int kStep>
 inline Vec<E> sum_rows(Vec<E>* rows) {
@@ -338,8 +340,7 @@ inline Vec<E> sum_rows(Vec<E>* rows) {
   if constexpr (kStep < W) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; i += 2 * kStep)
-      rows[i] = merge<E, kStep, false>(rows[i], rows[i + kStep], std::make_index_sequence<W>()) +
-                merge<E, kStep, true>(rows[i], rows[i + kStep], std::make_index_sequence<W>());
+      rows[i] = merge<E, kStep, false>(rows[i], rows[i + kStep]) + merge<E, kStep, true>(rows[i], rows[i + kStep]);
     return sum_rows<E, kStep * 2>(rows);
   } else {
     return rows[0];

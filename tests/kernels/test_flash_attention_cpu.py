@@ -95,7 +95,7 @@ def check_documents(dtype):
 
 
 def check_decoding(dtype):
-    """Caches that are copied (head_dim 40) and that are read where they lie, from the caches and (33 MB) from memory."""
+    """Where the cache is copied (head_dim 40) and where it is read as it lies, small and as from memory (33 MB)."""
     lengths, several = [0, 3, 600], {"window_size": 70}
     check_decoding_of_size(dtype, lengths, num_kv_heads=2, groups=1, seqlen_q=1, head_dim=40)
     check_decoding_of_size(dtype, lengths, num_kv_heads=2, groups=4, seqlen_q=3, head_dim=40, **several)
