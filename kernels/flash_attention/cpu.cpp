@@ -56,7 +56,7 @@ constexpr int64_t kBlockN = 64;         // keys in a block
 constexpr int64_t kChunk = 512;         // queries whose gradients stay in the cache while the keys pass by
 constexpr int64_t kBackwardTasks = 16;  // the backward pass is cut into at least so many, where it is long enough
 constexpr int64_t kDecodeSplit = 512;   // keys of one decoding task
-constexpr int64_t kFarBytes = int64_t{16} << 20;  // a cache larger than this comes from memory
+constexpr int64_t kFarBytes = int64_t{16} << 20;  // caches larger than this in all come from memory
 constexpr int64_t kDecodeRows = 16;     // more query rows than this per key head are no longer decoding
 constexpr int64_t kKeptBytes = int64_t{64} << 20;  // a buffer larger than this is given back after the call
 
@@ -1361,12 +1361,11 @@ bool pairs_in_place(const Matrix& matrix, int64_t head_dim) {
 
 // `rows` rows of a cache as T, where they lie or as a copy in `scratch`, zero beyond head_dim.
 //
-// Where they lie, and come from memory, they are read as four streams. The processor's own prefetching stops at the end
-// of a page, so that one stream leaves the memory idle at every page: two cores read 36 GB/s in one stream each, 49 in
-// four, and 55 if they ask for the next page as well (Zen 4, 4 KB pages).
+// Where they lie, they are read as four streams. The processor's own prefetching stops at the end of a page, so that
+// one stream leaves the memory idle at every page: two cores read 36 GB/s in one stream each, 49 in four, and 55 if
+// they ask for the next page as well (Zen 4, 4 KB pages). The order does not depend on what else is in the batch.
 template <class T>
-CacheRows<T> cache_rows(const Matrix& matrix, int64_t first, int64_t rows, int64_t head_dim, bool far,
-                        Buffer<float>& scratch) {
+CacheRows<T> cache_rows(const Matrix& matrix, int64_t first, int64_t rows, int64_t head_dim, Buffer<float>& scratch) {
   if constexpr (std::is_same_v<T, float>)
     if (!pairs_in_place<float>(matrix, head_dim)) {
       const int64_t stride = round_up(head_dim, kPair);
@@ -1375,7 +1374,7 @@ CacheRows<T> cache_rows(const Matrix& matrix, int64_t first, int64_t rows, int64
       return CacheRows<T>::in_order(copy, stride);
     }
   const T* row = matrix.row<T>(first);
-  if (far && rows % 4 == 0) return CacheRows<T>::in_streams(row, matrix.row_stride, rows);
+  if (rows % 4 == 0) return CacheRows<T>::in_streams(row, matrix.row_stride, rows);
   return CacheRows<T>::in_order(row, matrix.row_stride);
 }
 
@@ -1427,7 +1426,7 @@ void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_h
 
   // S = Q K^T
   const int64_t keys = key_end - key_begin;
-  const CacheRows<T> k_rows = cache_rows<T>(k, key_begin, keys, head_dim, far, buffers.copy);
+  const CacheRows<T> k_rows = cache_rows<T>(k, key_begin, keys, head_dim, buffers.copy);
   for (int64_t n = 0; n < keys; n += kBlockN)
     for_row_groups<kMost>(rows, [&](int64_t r, auto group) {
       decode_scores<group(), M>(q_rows + r * padded_dim, padded_dim, k_rows, n, std::min(n + kBlockN, keys),
@@ -1452,10 +1451,10 @@ void decode_split(const Problem& problem, const Sequence& sequence, int64_t kv_h
   }
 
   // O = P V
-  const CacheRows<T> v_rows = cache_rows<T>(v, key_begin, keys, head_dim, far, buffers.copy);
+  const CacheRows<T> v_rows = cache_rows<T>(v, key_begin, keys, head_dim, buffers.copy);
   for (int64_t n = 0; n < keys; n += kBlockN) {
     const int64_t end = std::min(n + kBlockN, keys);
-    if (kMost == 4 && padded_dim > 2 * kPair)  // half as many queries at once, so that rows can be read whole
+    if (kMost == 4 && far && padded_dim > 2 * kPair)  // half as many queries at once, so that rows are read whole
       decode_values<2, 4, M>(rows, p, p_row, v_rows, n, end, far, acc, padded_dim);
     else
       decode_values<kMost, 2, M>(rows, p, p_row, v_rows, n, end, far, acc, padded_dim);

@@ -246,6 +246,18 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
             assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_decodes_to_the_same_bits_alone_and_beside_others(dtype):
+    """Alone its cache (6 or 12 MB) is read as from the processor's caches, beside others (31 or 61 MB) from memory."""
+    q, k_cache, v_cache = (torch.randn(5, 4, length, 128).to(dtype) for length in (1, 3000, 3000))
+    cache_seqlens = torch.tensor([3000, 2999, 3000, 1, 2049], dtype=torch.int32)
+    together = kernels.decode_attention(q, k_cache, v_cache, cache_seqlens)
+    for i in range(5):
+        one = slice(i, i + 1)
+        alone = kernels.decode_attention(q[one], k_cache[one], v_cache[one], cache_seqlens[one])
+        assert torch.equal(alone, together[one])
+
+
 def test_not_a_number_is_passed_on():
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (torch.randn(1, 1, 70, 16, dtype=dtype) for _ in range(3))
