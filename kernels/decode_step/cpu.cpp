@@ -281,11 +281,11 @@ void copy_row(const Matrix& matrix, int64_t n, float* to) {
     for (int j = 0; j < kDepth<W>; ++j) to[i + j] = to_float(row[j]);
 }
 
-// out[r * kC + c] = w[r] . x[c] for kBlocks blocks of kLanes rows and kC sequences. The block `next` is asked for
+// out[r * batch + c] = w[r] . x[c] for kBlocks blocks of kLanes rows and kC sequences. The block `next` is asked for
 // meanwhile: a core that is busy with products does not run far enough ahead by itself.
 template <class A, int kBlocks, int kC>
 TOY_LM_NOINLINE void multiply_tile(const typename A::Weight* w, int64_t steps, const typename A::Activation* x,
-                                   const typename A::Weight* next, Vec<float>* out) {
+                                   const typename A::Weight* next, int64_t batch, Vec<float>* out) {
   constexpr int64_t kStep = kLanes * kDepth<typename A::Weight>;
   for (int64_t begin = 0; begin < steps; begin += A::kRun) {
     Vec<float> sums[kBlocks][kC] = {};
@@ -305,26 +305,24 @@ TOY_LM_NOINLINE void multiply_tile(const typename A::Weight* w, int64_t steps, c
 #pragma GCC unroll 8
     for (int r = 0; r < kBlocks; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < kC; ++c) out[r * kC + c] = begin ? out[r * kC + c] + sums[r][c] : sums[r][c];
+      for (int c = 0; c < kC; ++c) out[r * batch + c] = begin ? out[r * batch + c] + sums[r][c] : sums[r][c];
   }
 }
 
-// use(n, b, values) with the products of the rows n to n + kLanes - 1 and x[b], for the blocks from `block` on and the
-// sequences from b on: kC at a time, then half as many.
-template <class A, int kBlocks, int kC, class F>
+// out[r * batch + b] with the products of the blocks from `block` on and the sequences from b on: kC at a time, then half
+// as many.
+template <class A, int kBlocks, int kC>
 void multiply_blocks(const typename A::Weight* w, int64_t block, int64_t steps, const typename A::Activation* x,
-                     int64_t b, int64_t batch, const F& use) {
+                     int64_t b, int64_t batch, Vec<float>* out) {
   const int64_t size = steps * kLanes * kDepth<typename A::Weight>;  // of a block
-  Vec<float> out[kBlocks * kC];
   for (; b + kC <= batch; b += kC) {
     const int64_t next = block + (b / kC < kBlocks ? kBlocks + b / kC : 0);  // in later tiles they are on their way
-    multiply_tile<A, kBlocks, kC>(w + block * size, steps, x + b * steps * A::kParts, w + next * size, out);
-    for (int r = 0; r < kBlocks; ++r)
-      for (int c = 0; c < kC; ++c) use((block + r) * kLanes, b + c, out[r * kC + c]);
+    multiply_tile<A, kBlocks, kC>(w + block * size, steps, x + b * steps * A::kParts, w + next * size, batch, out + b);
   }
-  if constexpr (kC > 1) multiply_blocks<A, kBlocks, kC / 2>(w, block, steps, x, b, batch, use);
+  if constexpr (kC > 1) multiply_blocks<A, kBlocks, kC / 2>(w, block, steps, x, b, batch, out);
 }
 
+// use(n, b, values) with the products of the rows n to n + kLanes - 1 and sequence b.
 template <class A, class T, class F>
 void multiply_packed(const Matrix& w, const Input<T>& input, int64_t batch, const F& use) {
   const int64_t blocks = w.rows / kLanes, steps = w.size / w.depth;
@@ -336,12 +334,22 @@ void multiply_packed(const Matrix& w, const Input<T>& input, int64_t batch, cons
     const float* x = input.normalised(batch, w.size, normed);
     std::vector<typename A::Activation> rounded;
     const auto* columns = A::activations(x, batch * w.size, rounded);
-    int64_t n = 4 * begin;
     end = std::min(blocks, 4 * end);
-    if (batch < kColumns)  // the fewer sequences, the more rows: sums enough to hide the latency of an addition
-      for (; n + 4 <= end; n += 4) multiply_blocks<A, 4, kColumns / 2>(weights, n, steps, columns, 0, batch, use);
-    for (; n + 2 <= end; n += 2) multiply_blocks<A, 2, kColumns>(weights, n, steps, columns, 0, batch, use);
-    for (; n < end; ++n) multiply_blocks<A, 1, kColumns>(weights, n, steps, columns, 0, batch, use);
+    std::vector<Vec<float>> out(4 * batch);
+    for (int64_t n = 4 * begin, count; n < end; n += count) {
+      if (n + 4 <= end && batch < kColumns) {  // fewer sequences, more rows: sums enough to hide an addition's latency
+        multiply_blocks<A, 4, kColumns / 2>(weights, n, steps, columns, 0, batch, out.data());
+        count = 4;
+      } else if (n + 2 <= end) {
+        multiply_blocks<A, 2, kColumns>(weights, n, steps, columns, 0, batch, out.data());
+        count = 2;
+      } else {
+        multiply_blocks<A, 1, kColumns>(weights, n, steps, columns, 0, batch, out.data());
+        count = 1;
+      }
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t b = 0; b < batch; ++b) use((n + r) * kLanes, b, out[r * batch + b]);
+    }
   });
 }
 
