@@ -2,15 +2,18 @@
 
     toy-lm bench contexts                                   the preset `small`, contexts 1024 to 16384: for a GPU
     toy-lm bench contexts --preset sample --contexts 64 256 1024 --tokens 4096
+    torchrun --nproc-per-node 2 -m toy_lm.cli bench contexts --contexts 1024 --tokens 32768
 
 Every step trains on the same number of tokens, cut into as many windows as the context allows; the tokens are random,
-which neither speed nor memory depends on. What does not fit in memory is said to be so.
+which neither speed nor memory depends on. What does not fit in memory is said to be so. Under torchrun the processes
+share the tokens out, and the memory is the first one's.
 
 Knows the training step and the presets; knows nothing of texts or run folders.
 """
 
 import argparse
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Sequence
@@ -19,9 +22,10 @@ import numpy as np
 import torch
 
 import kernels
-from toy_lm import data
+from toy_lm import data, distributed
 from toy_lm.config import Preset, preset
 from toy_lm.device import pick_device, training_dtype
+from toy_lm.distributed import Workers
 from toy_lm.model import Transformer
 from toy_lm.optimizer import Optimizer
 from toy_lm.step import TrainStep
@@ -39,19 +43,23 @@ def run(arguments: Sequence[str]) -> None:
     for context in options.contexts:
         if context < 1 or options.tokens % context:
             raise ValueError(f"contexts: got {context}, needs divisors of tokens = {options.tokens}")
-    device = pick_device(options.device)
-    print(kernels.load(device).line)
-    print(f"preset {options.preset}, {options.tokens} tokens a step")
-    print(
-        "| context | classic tokens/s | fused tokens/s | faster | classic GiB | fused GiB |\n|---|---|---|---|---|---|"
-    )
-    for context in options.contexts:
-        chosen = _with_context(preset(options.preset), context, options.tokens)
-        classic, fused = (_measure(chosen, name, device, options) for name in ("classic", "fused"))
-        faster = f"{fused[0] / classic[0]:.1f}x" if classic and fused else "-"
-        speeds = " | ".join(f"{x[0]:,.0f}" if x else "out of memory" for x in (classic, fused))
-        sizes = " | ".join(f"{x[1]:.1f}" if x and x[1] else "-" for x in (classic, fused))
-        print(f"| {context} | {speeds} | {faster} | {sizes} |", flush=True)
+    with distributed.workers(pick_device(options.device)) as (workers, device):
+        say = functools.partial(print, flush=True) if workers.rank == 0 else _silent
+        say(kernels.load(device).line)
+        say(f"preset {options.preset}, {options.tokens} tokens a step, {workers.count} processes")
+        say("| context | classic tokens/s | fused tokens/s | faster | classic GiB | fused GiB |")
+        say("|---|---|---|---|---|---|")
+        for context in options.contexts:
+            chosen = _with_context(preset(options.preset), context, options.tokens)
+            classic, fused = (_measure(chosen, name, device, workers, options) for name in ("classic", "fused"))
+            faster = f"{fused[0] / classic[0]:.1f}x" if classic and fused else "-"
+            speeds = " | ".join(f"{x[0]:,.0f}" if x else "out of memory" for x in (classic, fused))
+            sizes = " | ".join(f"{x[1]:.1f}" if x and x[1] else "-" for x in (classic, fused))
+            say(f"| {context} | {speeds} | {faster} | {sizes} |")
+
+
+def _silent(line: str) -> None:
+    """What the processes behind the first one say."""
 
 
 def _with_context(chosen: Preset, context: int, num_tokens: int) -> Preset:
@@ -64,11 +72,11 @@ def _with_context(chosen: Preset, context: int, num_tokens: int) -> Preset:
 
 
 def _measure(
-    chosen: Preset, attention: str, device: torch.device, options: argparse.Namespace
+    chosen: Preset, attention: str, device: torch.device, workers: Workers, options: argparse.Namespace
 ) -> tuple[float, float] | None:
     """Tokens per second, and GiB allocated on the GPU at the most (0 on a CPU); None if it does not fit."""
     try:
-        measured = _train(chosen, attention, device, options)
+        measured = _train(chosen, attention, device, workers, options)
     except torch.OutOfMemoryError:
         measured = None
     gc.collect()  # the model, which nothing holds any more, before the next one comes
@@ -78,7 +86,9 @@ def _measure(
     return measured
 
 
-def _train(chosen: Preset, attention: str, device: torch.device, options: argparse.Namespace) -> tuple[float, float]:
+def _train(
+    chosen: Preset, attention: str, device: torch.device, workers: Workers, options: argparse.Namespace
+) -> tuple[float, float]:
     config = chosen.train
     token_ids = np.random.default_rng(0).integers(0, chosen.model.vocab_size, 4 * options.tokens + config.seqlen)
     torch.manual_seed(0)
@@ -91,6 +101,7 @@ def _train(chosen: Preset, attention: str, device: torch.device, options: argpar
         lambda number: 1e-4,
         device=device,
         autocast=training_dtype(device, "auto"),
+        workers=workers,
     )
     number = 0
     for _ in range(5):  # on a GPU the fourth is captured
