@@ -316,20 +316,9 @@ class Transformer(nn.Module):
         copies = self._copies(token_ids.device.type)
         keys = self.model.dropout(2 * len(self.model.layers) + 1, x.device)
         for number, layer in enumerate(self.model.layers):
-            own = None if keys is None else keys[2 * number : 2 * number + 2]
-            arguments = (
-                x,
-                branch,
-                own,
-                copies[4 * number : 4 * number + 4],
-                cos,
-                sin,
-                cache,
-                number,
-                positions,
-                prefill,
-                documents,
-            )
+            own_keys = None if keys is None else keys[2 * number : 2 * number + 2]
+            own_copies = copies[4 * number : 4 * number + 4]
+            arguments = (x, branch, own_keys, own_copies, cos, sin, cache, number, positions, prefill, documents)
             if recompute:  # what is random is an argument
                 x, branch = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
