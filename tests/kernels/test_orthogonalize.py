@@ -30,15 +30,21 @@ def test_the_singular_values_come_near_one(shape, device):
     assert (out.dtype, out.shape) == (torch.float32, x.shape)
     values = torch.linalg.svdvals(out / 2)
     assert values.min() > 0.6 and values.max() < 1.3
-    torch.testing.assert_close(kernels.orthogonalize(x.mT, scale).mT, out, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
 def test_equals_the_definition(shape, size, device):
+    """Within twice the error of plain torch in bf16, and one rounding; lying or standing."""
     x, scale = matrices(shape, device, size), torch.tensor(0.3, device=device)
     exact = reference.orthogonalize(x.double(), scale.double())
-    assert (kernels.orthogonalize(x, scale).double() - exact).norm() < 0.03 * exact.norm()
+
+    def error(out):
+        return ((out.double() - exact).norm() / exact.norm()).item()
+
+    bound = 2 * error(reference.orthogonalize(x, scale)) + torch.finfo(torch.bfloat16).eps / 2
+    assert error(kernels.orthogonalize(x, scale)) <= bound
+    assert error(kernels.orthogonalize(x.mT, scale).mT) <= bound
 
 
 def test_nothing_comes_of_nothing(device):
