@@ -62,6 +62,10 @@ class Workers:
 ALONE = Workers()
 
 
+def silent(line: str) -> None:
+    """What the workers behind the first one say."""
+
+
 def shard(model: nn.Module, layers: Sequence[nn.Module], forward_method: str) -> None:
     """Leave each worker a slice of every weight; a layer's weights are gathered while it computes.
 

@@ -131,7 +131,7 @@ def train(
             tensorboard=tensorboard,
         )
         if workers.rank > 0:
-            log = _silent
+            log = distributed.silent
         with workers.first_alone():
             text = data.open_corpus(corpus)
             trainer = _resumed(text, out, execution) if resume else _begun(text, preset, out, execution)
@@ -141,10 +141,6 @@ def train(
         with _interrupts() as interrupted, _profiled(out / "trace.json", profile) as step_done:
             trainer.run(last_step, interrupted, step_done, log)
         return trainer.result()
-
-
-def _silent(line: str) -> None:
-    """What the workers behind the first one say."""
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

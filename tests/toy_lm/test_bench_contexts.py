@@ -1,5 +1,10 @@
 """The bench of growing contexts prints a row for each, also where one of the two does not fit in memory."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -28,6 +33,17 @@ def test_what_does_not_fit_is_said_to_be_so(capsys, monkeypatch):
     contexts.run([*SMALL, "--contexts", "32"])
     row = capsys.readouterr().out.splitlines()[-1].split(" | ")
     assert row[1] == "out of memory" and float(row[2].replace(",", "")) > 0 and row[3] == "-"
+
+
+def test_processes_under_torchrun_share_the_tokens_and_speak_once():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "toy_lm.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = pathlib.Path(__file__).parents[2]
+    command += ["bench", "contexts", *SMALL, "--contexts", "16"]
+    result = subprocess.run(command, env=environment, cwd=root, timeout=150, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "64 tokens a step, 2 processes" in result.stdout
+    assert sum(line.startswith("| 16 | ") for line in result.stdout.splitlines()) == 1
 
 
 def test_a_context_that_does_not_divide_the_tokens_is_refused():

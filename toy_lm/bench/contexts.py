@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> None:
         if context < 1 or options.tokens % context:
             raise ValueError(f"contexts: got {context}, needs divisors of tokens = {options.tokens}")
     with distributed.workers(pick_device(options.device)) as (workers, device):
-        say = functools.partial(print, flush=True) if workers.rank == 0 else _silent
+        say = functools.partial(print, flush=True) if workers.rank == 0 else distributed.silent
         say(kernels.load(device).line)
         say(f"preset {options.preset}, {options.tokens} tokens a step, {workers.count} processes")
         say("| context | classic tokens/s | fused tokens/s | faster | classic GiB | fused GiB |")
@@ -56,10 +56,6 @@ def run(arguments: Sequence[str]) -> None:
             speeds = " | ".join(f"{x[0]:,.0f}" if x else "out of memory" for x in (classic, fused))
             sizes = " | ".join(f"{x[1]:.1f}" if x and x[1] else "-" for x in (classic, fused))
             say(f"| {context} | {speeds} | {faster} | {sizes} |")
-
-
-def _silent(line: str) -> None:
-    """What the processes behind the first one say."""
 
 
 def _with_context(chosen: Preset, context: int, num_tokens: int) -> Preset:
