@@ -210,7 +210,8 @@ def _bind_cpu() -> str:
     sources = [source for folder in OP_FOLDERS if (source := HERE / folder / "cpu.cpp").exists()]
     for library in build(sources, capability):
         torch.ops.load_library(library)
-    return f"cpu: C++ kernels for {platform.machine()} ({capability}), built by {compiler()} into {cache_folder()}"
+    folder = str(cache_folder()).replace(str(pathlib.Path.home()), "~", 1)  # the line goes into reports and figures
+    return f"cpu: C++ kernels for {platform.machine()} ({capability}), built by {compiler()} into {folder}"
 
 
 def cache_folder() -> pathlib.Path:
