@@ -16,6 +16,12 @@ from toy_lm import distributed
 from toy_lm.config import TrainConfig
 
 
+def _with_gradients(params: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that have a gradient, and the gradients."""
+    pairs = [(parameter, parameter.grad) for parameter in params if parameter.grad is not None]
+    return [parameter for parameter, _ in pairs], [gradient for _, gradient in pairs]
+
+
 class AdamW:
     """torch's fused AdamW, without torch.optim, the first use of which imports all of torch.compile: seconds."""
 
@@ -27,7 +33,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        params = [parameter for parameter in self.params if parameter.grad is not None]
+        params, gradients = _with_gradients(self.params)
         if not params:
             return
         for parameter in params:
@@ -40,7 +46,7 @@ class AdamW:
         torch._foreach_add_(steps, 1.0)
         torch._fused_adamw_(
             params,
-            [parameter.grad for parameter in params if parameter.grad is not None],
+            gradients,
             averages,
             squares,
             [],
@@ -70,13 +76,12 @@ class Muon:
 
     @torch.no_grad()
     def step(self) -> None:
-        params = [parameter for parameter in self.params if parameter.grad is not None]
+        params, gradients = _with_gradients(self.params)
         if not params:
             return
         for parameter in params:
             if parameter not in self.state:
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-        gradients = [parameter.grad for parameter in params if parameter.grad is not None]
         averages = [self.state[parameter]["momentum_buffer"] for parameter in params]
         torch._foreach_lerp_(averages, gradients, 1.0 - self.momentum)
         ahead = list(torch._foreach_lerp(gradients, averages, self.momentum))  # Nesterov
