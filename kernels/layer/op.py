@@ -119,6 +119,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits)[target], (...,) fp32 (or fp64), of logits (..., vocab_size) and targets (...,) int64.
 
+    A target outside the vocabulary gives NaN on a GPU, for which nothing waits; on the CPU torch raises IndexError.
+
     Raises ValueError naming the argument, what it got and what it allows.
     """
     _check_dtype("logits", logits)

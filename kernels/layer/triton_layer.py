@@ -250,7 +250,8 @@ def cross_entropy_forward_kernel(logits, targets, nats, lse, rows, WIDTH: tl.con
     sums = largest + tl.log(total)
     target = tl.load(targets + offs_r, mask=exists, other=0)
     tl.store(lse + offs_r, sums, mask=exists)
-    tl.store(nats + offs_r, sums - tl.load(row + target, mask=exists, other=0.0).to(tl.float32), mask=exists)
+    known = exists & (target >= 0) & (target < WIDTH)
+    tl.store(nats + offs_r, sums - tl.load(row + target, mask=known, other=float("nan")).to(tl.float32), mask=exists)
 
 
 @triton.jit

@@ -118,6 +118,15 @@ def test_equals_the_definition(name, make, dtype, device):
         assert too_far_off(ours, exact, plain, dtype) == []
 
 
+def test_a_target_outside_the_vocabulary_is_no_loss(device):
+    logits, targets = torch.randn(4, 9, device=device), torch.tensor([-1, 0, 8, 9], device=device)
+    if device == "cpu":
+        with pytest.raises(IndexError, match="Target -1 is out of bounds"):
+            kernels.cross_entropy(logits, targets)
+    else:
+        assert kernels.cross_entropy(logits, targets).isnan().tolist() == [True, False, False, True]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "make"), CASES, ids=NAMES)
 def test_compiles_into_one_graph(name, make):
